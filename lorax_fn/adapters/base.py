@@ -1,0 +1,62 @@
+"""What every adapter kind provides: a rule, and the node that the rule puts at a leaf of params."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import jax
+
+from lorax_fn.axes import Axes
+from lorax_fn.interpreter import Weight
+
+
+class Rule(abc.ABC):
+    """The recipe for the leaves that its targets select.
+
+    Subclasses are frozen dataclasses with the fields `targets` and `exclude`, and take every
+    hyperparameter by keyword.
+    """
+
+    targets: Any
+    exclude: Any
+
+    @abc.abstractmethod
+    def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> Adapter | None:
+        """The node for one leaf (an array, or anything with its shape and dtype), or None.
+
+        Raises:
+            TargetError: if the kind cannot adapt this leaf.
+            AxesError: if it needs to know the leaf's axes and does not.
+        """
+
+
+class Adapter(abc.ABC):
+    """A node of `factors`: the trainable arrays of one leaf of params, and how they change it.
+
+    Subclasses are frozen dataclasses registered as pytrees. `kind` is the name of the rule that
+    makes them.
+    """
+
+    kind: ClassVar[str]
+
+    @abc.abstractmethod
+    def check(self, path: str, leaf: Any) -> None:
+        """Raises `StructureError` unless the node belongs to a leaf of this shape and dtype."""
+
+    @abc.abstractmethod
+    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight | jax.Array:
+        """What the function computes with in place of the frozen leaf; `key` turns dropout on."""
+
+    @abc.abstractmethod
+    def remove(self, merged: Any, path: str) -> jax.Array:
+        """The frozen leaf, given what `merge` made of it."""
+
+    @abc.abstractmethod
+    def trainable(self) -> Adapter:
+        """The node with each of its arrays replaced by whether it is trained."""
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether a node of a pytree is an adapter; made to be an `is_leaf`."""
+    return isinstance(node, Adapter)

@@ -1,0 +1,28 @@
+"""The errors and the warning that `lorax_fn` raises.
+
+Each message says what it got, what it wanted and the next step, in that order.
+"""
+
+
+class LoraError(ValueError):
+    """Root of every error of this package; catch it to catch them all."""
+
+
+class TargetError(LoraError):
+    """A rule selects no leaf, or a leaf that it cannot adapt."""
+
+
+class AxesError(LoraError):
+    """It is unknown, or impossible, which dims of a weight are contracted and which are output."""
+
+
+class StructureError(LoraError):
+    """Factors, params and function do not belong together: structure, shape, dtype or order differ."""
+
+
+class AdapterFileError(LoraError):
+    """A file does not hold the adapter it should: damaged, foreign, or of another shape."""
+
+
+class DenseWarning(UserWarning):
+    """A weight met an operation with no factored form and was added up as W + s·A·B."""

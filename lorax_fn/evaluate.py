@@ -1,0 +1,48 @@
+"""One call of an adapted function: trace it, put adapted weights in, interpret the jaxpr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_fn.init import fold_path
+from lorax_fn.interpreter import Context, Event, compat, interpret
+from lorax_fn.pairing import pair
+from lorax_fn.tracing import trace
+
+Pytree = Any
+
+
+def evaluate(
+    apply_fn: Callable[..., Any],
+    params: Pytree,
+    factors: Pytree,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    key: jax.Array | None,
+    on_event: Callable[[Event], None],
+) -> Any:
+    """Returns what `apply_fn(params, *args, **kwargs)` returns with the adapted weights in it."""
+    pairs = pair(params, factors)
+    traced = trace(apply_fn, params, args, kwargs)
+    ctx = Context(on_event)
+    weights = []
+    for slot, leaf in zip(traced.param_slots, traced.param_leaves, strict=True):
+        path, _, adapter = pairs[slot]
+        frozen = _frozen(leaf)
+        own_key = None if key is None else fold_path(key, path)
+        weights.append(frozen if adapter is None else adapter.adapt(frozen, path, own_key))
+    results = interpret(ctx, compat.prune(traced.jaxpr), [*weights, *traced.arg_leaves])
+    return traced.rebuild([ctx.returned(result) for result in results])
+
+
+def _frozen(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return lax.stop_gradient(jnp.asarray(leaf))
+    return leaf
+

@@ -1,0 +1,104 @@
+"""`init`: the parallel pytree of adapter nodes that rules make of params."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_fn.adapters import Rule
+from lorax_fn.axes import Axes
+from lorax_fn.errors import LoraError, StructureError
+from lorax_fn.paths import leaves_with_paths, map_with_paths
+from lorax_fn.rules import assign_rules
+
+Pytree = Any
+
+
+def init(
+    key: jax.Array, params: Pytree, rules: Rule | Iterable[Rule], *, axes: Pytree | None = None
+) -> Pytree:
+    """Makes the factors: a pytree like params with an adapter node at each targeted leaf.
+
+    Each node's key is folded from the leaf's path, so a further rule or leaf changes no other
+    leaf's draw. Works under `jax.jit` and, on `jax.ShapeDtypeStruct`s, under `jax.eval_shape`.
+
+    Args:
+        key: a PRNG key, `jax.random.key(seed)`.
+        params: the pytree that the function takes first; arrays or `ShapeDtypeStruct`s.
+        rules: the first that matches a leaf wins.
+        axes: what `infer_axes` returned for params. Without it a leaf of two dims is
+            (contract, out), and any other needs its rule's own `axes`.
+
+    Returns:
+        A pytree of the structure of params: an adapter node (for `LoRA`: a (batch dims, contract
+        dims, r), b (batch dims, r, out dims)) at each targeted leaf, `None` at every other.
+
+    Raises:
+        TargetError: if a rule matches no leaf, or one that its kind cannot adapt.
+        AxesError: if the axes of a targeted leaf are unknown or do not fit.
+        StructureError: if axes are not parallel to params.
+        LoraError: if the rank is above what a weight can have, or key is no PRNG key.
+
+    >>> import jax, jax.numpy as jnp, lorax_fn as lora
+    >>> params = {"query": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}}
+    >>> factors = lora.init(jax.random.key(0), params, [lora.LoRA(["query"], rank=4, alpha=8)])
+    >>> factors["query"]["kernel"].a.shape, factors["query"]["kernel"].b.shape
+    ((64, 4), (4, 32))
+    >>> factors["query"]["bias"] is None
+    True
+    """
+    key = check_key(key, "key")
+    assigned = assign_rules(params, rules)
+    axes_of = _axes_by_path(params, axes)
+
+    def make(path: str, leaf: Any) -> Any:
+        rule = assigned.get(path)
+        if rule is None:
+            return None
+        return rule.make(fold_path(key, path), path, leaf, axes_of.get(path))
+
+    return map_with_paths(make, params)
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """The key of one leaf: the same for the same path, whatever other leaves there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def check_key(key: Any, name: str) -> jax.Array:
+    """Returns a typed PRNG key.
+
+    Raises:
+        LoraError: unless `key` is one key, typed or of the old uint32 kind.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if dtype == jnp.uint32 and key.shape == jax.random.key_data(jax.random.key(0)).shape:
+        return jax.random.wrap_key_data(key)
+    got = f"{dtype}{list(key.shape)}" if dtype is not None else f"{type(key).__name__} {key!r}"
+    raise LoraError(f"{name} is {got[:80]}; wanted one PRNG key: jax.random.key(0).")
+
+
+def _axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:
+    if axes is None:
+        return {}
+    treedef = jax.tree.structure(params)
+    try:
+        flat = treedef.flatten_up_to(axes)
+    except (ValueError, TypeError) as e:
+        raise StructureError(
+            f"axes are not parallel to params: {e}. Wanted what "
+            "lora.infer_axes(apply_fn, params, *args) returns for these params."
+        ) from e
+    for (path, _), entry in zip(leaves_with_paths(params), flat, strict=True):
+        if not isinstance(entry, Axes | None):
+            raise StructureError(
+                f"axes hold {entry!r} at {path!r}; wanted lora.Axes or None at every leaf."
+            )
+    paths = [path for path, _ in leaves_with_paths(params)]
+    return {path: entry for path, entry in zip(paths, flat, strict=True) if entry is not None}

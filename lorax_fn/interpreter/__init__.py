@@ -1,0 +1,20 @@
+"""The jaxpr interpreter: arrays in, arrays out, with frozen weights as symbolic sums between.
+
+Importing the package registers the rules; `interpret` evaluates with them.
+"""
+
+from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they register)
+    contractions,
+    control_flow,
+    convolution,
+    cuts,
+    elementwise,
+    lookup,
+    shapes,
+)
+from lorax_fn.interpreter.factor import RANK, Factor
+from lorax_fn.interpreter.loop import interpret
+from lorax_fn.interpreter.rule import Context, Event
+from lorax_fn.interpreter.weight import Term, Weight
+
+__all__ = ["RANK", "Context", "Event", "Factor", "Term", "Weight", "interpret"]

@@ -1,0 +1,222 @@
+"""Equations that hold a jaxpr: the body is interpreted, the equation made again around it.
+
+A `Weight` is a pytree, so JAX's own flattening carries it into and out of the bodies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core.primitives as primitives
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.loop import interpret
+from lorax_fn.interpreter.placement import constrain_factors, factor_spec
+from lorax_fn.interpreter.rule import RULES, Context
+from lorax_fn.interpreter.weight import Weight, leading_slices, stack_leading
+
+# ------------------------------------------------------------------------------------------
+# Calls
+
+
+def _jit(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    """Interpreted in place, so that a symbolic weight can come back out."""
+    params = eqn.params
+    operands = map(_constrained, operands, params["in_shardings"])
+    with jax.named_scope(f"jit({params['name']})"):
+        results = interpret(ctx, params["jaxpr"], list(operands))
+    return list(map(_constrained, results, params["out_shardings"]))
+
+
+def _constrained(value: Any, sharding: Any) -> Any:
+    """A value as a nested `jit` with explicit shardings would place it."""
+    if not isinstance(sharding, NamedSharding):
+        return value
+    if isinstance(value, Weight):
+        base = lax.with_sharding_constraint(value.base, sharding)
+        return constrain_factors(value, base, sharding)
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def _closed_call(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    return interpret(ctx, eqn.params["call_jaxpr"], operands)
+
+
+def _remat(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    leaves, treedef = jax.tree.flatten(list(operands))
+    counts = [len(jax.tree.leaves(operand)) for operand in operands]
+    out_tree = None
+
+    def body(*flat: Any) -> list[Any]:
+        nonlocal out_tree
+        results = interpret(ctx, eqn.params["jaxpr"], jax.tree.unflatten(treedef, flat))
+        flat_results, out_tree = jax.tree.flatten(results)
+        return flat_results
+
+    results = compat.rebind_remat(eqn, body, leaves, counts)
+    return jax.tree.unflatten(out_tree, results)
+
+
+RULES[primitives.jit_p] = _jit
+RULES[primitives.closed_call_p] = _closed_call
+RULES[compat.remat_p] = _remat
+
+
+# ------------------------------------------------------------------------------------------
+# Loops
+
+
+def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    n_consts, n_carry = compat.scan_counts(eqn.params)
+    consts = operands[:n_consts]
+    carry = list(operands[n_consts : n_consts + n_carry])
+    xs, rebuild = _split_xs(operands[n_consts + n_carry :])
+
+    def step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+        results = interpret(ctx, eqn.params["jaxpr"], [*consts, *carry, *rebuild(slices)])
+        return results[:n_carry], results[n_carry:]
+
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    carry = _stable_carry(ctx, eqn, lambda c: step(c, one)[0], carry)
+
+    def stable_step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+        after, ys = step(carry, slices)
+        return _like(ctx, eqn, after, carry), ys
+
+    carry, ys = lax.scan(stable_step, carry, xs, **compat.scan_options(eqn.params))
+    return [*carry, *(stack_leading(y) if isinstance(y, Weight) else y for y in ys)]
+
+
+def _split_xs(xs: Sequence[Any]) -> tuple[list[list[Any]], Callable[[Any], list[Any]]]:
+    """The arrays to scan over, and the function from one step's slices to the body's operands."""
+    parts = [leading_slices(x) if isinstance(x, Weight) else ([x], lambda s: s[0]) for x in xs]
+    arrays = [arrays for arrays, _ in parts]
+
+    def rebuild(slices: Any) -> list[Any]:
+        return [make(part) for (_, make), part in zip(parts, slices, strict=True)]
+
+    return arrays, rebuild
+
+
+def _while(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
+
+    def body(carry: list[Any]) -> list[Any]:
+        return interpret(ctx, params["body_jaxpr"], [*body_consts, *carry])
+
+    def proceed(carry: list[Any]) -> jax.Array:
+        (result,) = interpret(ctx, params["cond_jaxpr"], [*cond_consts, *carry])
+        return result
+
+    carry = _stable_carry(ctx, eqn, body, list(operands[n_cond + n_body :]))
+    return lax.while_loop(proceed, lambda c: _like(ctx, eqn, body(c), c), carry)
+
+
+def _stable_carry(
+    ctx: Context, eqn: Any, step: Callable[[list[Any]], list[Any]], carry: list[Any]
+) -> list[Any]:
+    """Adds up those weights of a loop's carry that the body does not hand on symbolically."""
+    while any(isinstance(value, Weight) for value in carry):
+        after = jax.eval_shape(step, carry)
+        stable = [
+            value
+            if not isinstance(value, Weight) or _same_form(value, out)
+            else ctx.add_up(value, eqn)
+            for value, out in zip(carry, after, strict=True)
+        ]
+        if all(new is old for new, old in zip(stable, carry, strict=True)):
+            break
+        carry = stable
+    return carry
+
+
+def _same_form(weight: Weight, other: Any) -> bool:
+    """Whether two values have the same structure, shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(weight)
+    other_leaves, other_treedef = jax.tree.flatten(other)
+    return treedef == other_treedef and all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(leaves, other_leaves, strict=True)
+    )
+
+
+def _like(ctx: Context, eqn: Any, values: list[Any], carry: list[Any]) -> list[Any]:
+    """Adds up what is symbolic in `values` but an array in `carry`."""
+    return [
+        value if isinstance(wanted, Weight) else ctx.add_up(value, eqn)
+        for value, wanted in zip(values, carry, strict=True)
+    ]
+
+
+RULES[primitives.scan_p] = _scan
+RULES[primitives.while_p] = _while
+
+
+# ------------------------------------------------------------------------------------------
+# Branches
+
+
+def _cond(ctx: Context, eqn: Any, index: Any, *operands: Any) -> list[Any]:
+    def interpreted(branch: Any) -> Callable[..., list[Any]]:
+        return lambda *operands: interpret(ctx, branch, operands)
+
+    branches = [interpreted(branch) for branch in eqn.params["branches"]]
+    forms = [jax.eval_shape(branch, *operands) for branch in branches]
+    symbolic = [
+        all(isinstance(first, Weight) and _same_form(first, other) for other in others)
+        for first, *others in zip(*forms, strict=True)
+    ]
+
+    def unified(branch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """The branch with its results in a form that all branches share."""
+
+        def run(*operands: Any) -> list[Any]:
+            return [
+                value if keep else ctx.add_up(value, eqn)
+                for value, keep in zip(branch(*operands), symbolic, strict=True)
+            ]
+
+        return run
+
+    return compat.rebuild_switch(eqn.params, index, map(unified, branches), operands)
+
+
+RULES[primitives.cond_p] = _cond
+
+
+# ------------------------------------------------------------------------------------------
+# shard_map
+
+
+def _shard_map(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    """Each factor is split as the weight is along the dims that it spans."""
+    leaves, treedef = jax.tree.flatten(list(operands))
+    specs = map(_specs, operands, eqn.params["in_specs"])
+
+    def body(*flat: Any) -> list[jax.Array]:
+        results = interpret(ctx, eqn.params["jaxpr"], jax.tree.unflatten(treedef, flat))
+        return [ctx.add_up(result, eqn) for result in results]
+
+    return jax.shard_map(
+        body,
+        in_specs=tuple(spec for group in specs for spec in group),
+        out_specs=list(eqn.params["out_specs"]),
+        **compat.shard_map_options(eqn.params),
+    )(*leaves)
+
+
+def _specs(operand: Any, spec: PartitionSpec) -> list[PartitionSpec]:
+    """A spec for every array of the operand, in flatten order."""
+    if not isinstance(operand, Weight):
+        return [spec]
+    placed = operand.map(spec, lambda f: f.with_array(factor_spec(f, spec, operand.ndim)))
+    return jax.tree.leaves(placed, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+RULES[compat.shard_map_p] = _shard_map

@@ -1,0 +1,119 @@
+"""A symbolic weight as the kernel of a convolution.
+
+ΔW[spatial…, in, out] = s · Σ_r A[spatial…, in, r] · B[r, out], so its share of the output is a
+convolution with A (same strides, padding, dilation and groups, r output features) followed by a
+product with B at every position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.extend.core.primitives as primitives
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.contractions import accumulate, order_factors, scale_smaller
+from lorax_fn.interpreter.dropout import drop
+from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
+from lorax_fn.interpreter.rule import RULES, Context
+from lorax_fn.interpreter.weight import Term, Weight
+
+
+def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
+    if isinstance(x, Weight) or eqn.params["batch_group_count"] != 1:
+        return NotImplemented
+    out_dim, *summed = eqn.params["dimension_numbers"].rhs_spec
+    if not all(_is_separable(term, out_dim, summed) for term in weight.terms):
+        return NotImplemented
+    base = compat.bind(eqn, [x, weight.base])
+    ctx.factored(weight, eqn)
+    return accumulate(base, [_share(eqn.params, x, weight, term) for term in weight.terms])
+
+
+def _is_separable(term: Term, out_dim: int, summed: list[int]) -> bool:
+    """Whether one factor spans the output features alone and the other none of them."""
+    first, second = order_factors(term, frozenset(summed))
+    return out_dim not in first.dims and not set(summed) & second.spanned
+
+
+def _share(params: dict[str, Any], x: jax.Array, weight: Weight, term: Term) -> jax.Array:
+    """s · conv(x, first) · second, in the layout of the equation's output."""
+    numbers = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    out_dim, *summed = numbers.rhs_spec
+    first, second = order_factors(term, frozenset(summed))
+    missing = [d for d in summed if d not in first.dims]
+    first = first.widen(missing, [weight.shape[d] for d in missing])
+    if out_dim not in second.dims:
+        second = second.widen([out_dim], [weight.shape[out_dim]])
+
+    # The thin kernel is laid out as the weight is, with the rank in place of its output features.
+    kernel = first.transpose([RANK if d == out_dim else d for d in range(weight.ndim)])
+    kernel = _per_group(kernel.astype(weight.dtype).array, out_dim, groups)
+    x_dims = tuple(("x", axis) for axis in range(x.ndim))
+    thin = lax.conv_general_dilated(
+        drop(Factor(x, x_dims), term).array,
+        kernel,
+        params["window_strides"],
+        params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        precision=params["precision"],
+    )  # the output's layout, groups·r features
+    feature = numbers.out_spec[1]
+    labels = tuple(RANK if axis == feature else ("y", axis) for axis in range(thin.ndim))
+    thin, second = scale_smaller(term.scale, Factor(thin, labels), second)
+    second = second.astype(weight.dtype)
+    if groups == 1:
+        return _project(thin, second, feature, params)
+    return _project_groups(thin.array, second, params, weight.ndim)
+
+
+def _per_group(kernel: jax.Array, out_dim: int, groups: int) -> jax.Array:
+    """Repeats the thin kernel for every group: all groups share A, each has inputs of its own."""
+    if groups == 1:
+        return kernel
+    return jnp.concatenate([kernel] * groups, axis=out_dim)
+
+
+def _project(thin: Factor, second: Factor, feature: int, params: dict[str, Any]) -> jax.Array:
+    """thin · second over the rank, the output features put where the layout has them."""
+    out = [("y", axis) for axis in range(thin.array.ndim)]
+    second = second.relabel(lambda _: out[feature])
+    product = labelled_dot(
+        thin,
+        second,
+        out,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return product.transpose(out).array
+
+
+def _project_groups(
+    thin: jax.Array, second: Factor, params: dict[str, Any], ndim: int
+) -> jax.Array:
+    """thin · second over the rank group by group: a 1×1 convolution with as many groups."""
+    numbers = params["dimension_numbers"]
+    out_dim, in_dim, *spatial = numbers.rhs_spec
+    kernel = second.widen(spatial, [1] * len(spatial))  # (1…, r, out)
+    kernel = kernel.transpose([RANK if d == in_dim else d for d in range(ndim)])
+    ones = (1,) * len(spatial)
+    return lax.conv_general_dilated(
+        thin,
+        kernel.array,
+        ones,
+        [(0, 0)] * len(spatial),
+        dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec),
+        feature_group_count=params["feature_group_count"],
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+
+
+RULES[primitives.conv_general_dilated_p] = _conv

@@ -1,0 +1,131 @@
+"""A symbolic weight cut, reversed, padded, joined with others, and split.
+
+Along a dim that a factor spans, the factor is cut as the base is; other factors stay whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.extend.core.primitives as primitives
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.factor import Factor
+from lorax_fn.interpreter.lookup import finish_thin
+from lorax_fn.interpreter.rule import RULES, Context
+from lorax_fn.interpreter.weight import Term, Weight, bases
+
+
+def _slice(ctx: Context, eqn: Any, weight: Weight) -> Any:
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * weight.ndim
+
+    def cut(factor: Factor) -> Factor:
+        return factor.with_array(
+            lax.slice(
+                factor.array,
+                factor.per_axis(start, rank=lambda r: 0),
+                factor.per_axis(limit, rank=lambda r: r),
+                factor.per_axis(strides, rank=lambda r: 1),
+            )
+        )
+
+    return finish_thin(ctx, eqn, weight.map(compat.bind(eqn, [weight.base]), cut))
+
+
+def _dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> Any:
+    if not isinstance(weight, Weight):
+        return NotImplemented
+    sizes = eqn.params["slice_sizes"]
+
+    def cut(factor: Factor) -> Factor:
+        zero = jnp.zeros((), jnp.result_type(starts[0]))
+        return factor.with_array(
+            lax.dynamic_slice(
+                factor.array,
+                factor.per_axis(starts, rank=lambda r: zero),
+                factor.per_axis(sizes, rank=lambda r: r),
+            )
+        )
+
+    return finish_thin(ctx, eqn, weight.map(compat.bind(eqn, [weight.base, *starts]), cut))
+
+
+def _rev(ctx: Context, eqn: Any, weight: Weight) -> Weight:
+    def flip(factor: Factor) -> Factor:
+        axes = factor.axes([d for d in factor.dims if d in eqn.params["dimensions"]])
+        return factor.with_array(lax.rev(factor.array, axes))
+
+    return weight.map(compat.bind(eqn, [weight.base]), flip)
+
+
+def _pad(ctx: Context, eqn: Any, weight: Any, value: Any) -> Any:
+    if not isinstance(weight, Weight) or isinstance(value, Weight):
+        return NotImplemented
+    config = eqn.params["padding_config"]
+    base = compat.bind(eqn, [weight.base, value])
+    # The padding belongs to the base; the terms are padded with zeros, along one factor at least.
+    padded = [d for d, edges in enumerate(config) if tuple(edges) != (0, 0, 0)]
+    terms = tuple(_padded(term, config, padded, weight.shape) for term in weight.terms)
+    return Weight(base, terms, weight.paths)
+
+
+def _padded(term: Term, config: Sequence, padded: Sequence[int], shape: Sequence[int]) -> Term:
+    loose = [d for d in padded if d not in term.a.dims and d not in term.b.dims]
+    a = term.a.widen(loose, [shape[d] for d in loose])
+
+    def pad(factor: Factor) -> Factor:
+        edges = factor.per_axis(config, rank=lambda r: (0, 0, 0))
+        return factor.with_array(lax.pad(factor.array, jnp.zeros((), factor.array.dtype), edges))
+
+    keys = term.keys
+    if keys is not None and set(padded) & keys.spanned:  # a key has no zero to pad with
+        keys = Factor(keys.array.reshape(-1)[0], ())
+    return dataclasses.replace(term, a=pad(a), b=pad(term.b), keys=keys)
+
+
+def _concatenate(ctx: Context, eqn: Any, *operands: Any) -> Weight:
+    """Each weight's terms, padded with zeros to the joint length: [ΔQ 0 0] + [0 ΔK 0] + …"""
+    dim = eqn.params["dimension"]
+    base = compat.bind(eqn, bases(operands))
+    terms: list[Term] = []
+    paths: list[str] = []
+    before = 0
+    for operand in operands:
+        after = base.shape[dim] - before - operand.shape[dim]
+        if isinstance(operand, Weight):
+            config = [(before, after, 0) if d == dim else (0, 0, 0) for d in range(base.ndim)]
+            terms += [_padded(term, config, [dim], operand.shape) for term in operand.terms]
+            paths += operand.paths
+        before += operand.shape[dim]
+    return Weight(base, tuple(terms), tuple(dict.fromkeys(paths)))
+
+
+def _split(ctx: Context, eqn: Any, weight: Weight) -> list[Any]:
+    dim, parts = eqn.params["axis"], compat.bind(eqn, [weight.base])
+    ends = np.cumsum(eqn.params["sizes"]).tolist()
+
+    def part(start: int, end: int) -> Callable[[Factor], Factor]:
+        def cut(factor: Factor) -> Factor:
+            if dim not in factor.dims:
+                return factor
+            axis = factor.dims.index(dim)
+            return factor.with_array(lax.slice_in_dim(factor.array, start, end, axis=axis))
+
+        return cut
+
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    return [weight.map(base, part(*span)) for base, span in zip(parts, spans, strict=True)]
+
+
+RULES[primitives.slice_p] = _slice
+RULES[primitives.dynamic_slice_p] = _dynamic_slice
+RULES[primitives.rev_p] = _rev
+RULES[primitives.pad_p] = _pad
+RULES[primitives.concatenate_p] = _concatenate
+RULES[compat.split_p] = _split

@@ -1,0 +1,155 @@
+"""A symbolic weight cast, copied, scaled, shifted: the same dims, other values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core.primitives as primitives
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.factor import Factor
+from lorax_fn.interpreter.placement import constrain_factors
+from lorax_fn.interpreter.rule import RULES, Context
+from lorax_fn.interpreter.weight import Term, Weight, bases
+
+# ------------------------------------------------------------------------------------------
+# Casts, names, copies, barriers
+
+
+def _on_base(ctx: Context, eqn: Any, weight: Weight) -> Any:
+    """Rounding and naming concern the base; the factors keep their own, wider dtype."""
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return NotImplemented
+    return weight.map(compat.bind(eqn, [weight.base]), lambda factor: factor)
+
+
+def _on_all(ctx: Context, eqn: Any, weight: Weight) -> Weight:
+    """What acts alike on an array of any shape is done to the base and to every factor."""
+
+    def bind(array: jax.Array) -> jax.Array:
+        return compat.bind(eqn, [array])
+
+    return weight.map(bind(weight.base), lambda f: f.with_array(bind(f.array)))
+
+
+def _optimization_barrier(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    leaves, treedef = jax.tree.flatten(list(operands), is_leaf=_is_key)
+    return jax.tree.unflatten(treedef, compat.bind(eqn, leaves))
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _sharding_constraint(ctx: Context, eqn: Any, weight: Weight) -> Weight:
+    """Each factor is constrained as the weight is along the dims that it spans."""
+    base = compat.bind(eqn, [weight.base])
+    unconstrained = eqn.params.get("unconstrained_dims") or ()
+    return constrain_factors(weight, base, eqn.params["sharding"], unconstrained)
+
+
+for _primitive in (
+    primitives.convert_element_type_p,
+    primitives.reduce_precision_p,
+    compat.name_p,
+):
+    RULES[_primitive] = _on_base
+for _primitive in (primitives.copy_p, compat.stop_gradient_p, *compat.vary_primitives):
+    RULES[_primitive] = _on_all
+RULES[compat.optimization_barrier_p] = _optimization_barrier
+RULES[primitives.sharding_constraint_p] = _sharding_constraint
+
+
+# ------------------------------------------------------------------------------------------
+# Scaling by a number or by a vector
+
+
+def _neg(ctx: Context, eqn: Any, weight: Weight) -> Weight:
+    return Weight(
+        compat.bind(eqn, [weight.base]), tuple(map(_negated, weight.terms)), weight.paths
+    )
+
+
+def _negated(term: Term) -> Term:
+    return dataclasses.replace(term, scale=-term.scale)
+
+
+def _mul(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    if isinstance(lhs, Weight) and isinstance(rhs, Weight):
+        return NotImplemented
+    return _rescaled(eqn, lhs, rhs, lax.mul)
+
+
+def _div(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    if isinstance(rhs, Weight):
+        return NotImplemented
+    return _rescaled(eqn, lhs, rhs, lax.div)
+
+
+def _rescaled(eqn: Any, lhs: Any, rhs: Any, op: Callable) -> Any:
+    """Scales each term through the one factor whose dims the multiplier varies along."""
+    weight, by = (lhs, rhs) if isinstance(lhs, Weight) else (rhs, lhs)
+    if eqn.outvars[0].aval.shape != weight.shape:
+        return NotImplemented
+    by = jnp.asarray(by)
+    varying = [d for d in range(by.ndim) if by.shape[d] != 1]
+    vector = Factor(by.reshape([by.shape[d] for d in varying]), tuple(varying))
+    terms = [_rescaled_term(term, vector, weight.shape, op) for term in weight.terms]
+    if None in terms:
+        return NotImplemented
+    return Weight(compat.bind(eqn, bases([lhs, rhs])), tuple(terms), weight.paths)
+
+
+def _rescaled_term(term: Term, vector: Factor, shape: tuple[int, ...], op: Callable) -> Term | None:
+    loose = vector.spanned - term.a.spanned - term.b.spanned
+    if vector.spanned - loose <= term.b.spanned:
+        b = term.b.widen(sorted(loose), [shape[d] for d in sorted(loose)])
+        return dataclasses.replace(term, b=_times(b, vector, op))
+    if vector.spanned <= term.a.spanned:
+        return dataclasses.replace(term, a=_times(term.a, vector, op))
+    return None  # varies along dims of A and of B: not low-rank
+
+
+def _times(factor: Factor, vector: Factor, op: Callable) -> Factor:
+    dims = [d for d in factor.dims if d in vector.dims]
+    values = vector.transpose(dims).array.astype(factor.array.dtype)
+    aligned = lax.broadcast_in_dim(values, factor.array.shape, factor.axes(dims))
+    return factor.with_array(op(factor.array, aligned))
+
+
+RULES[primitives.neg_p] = _neg
+RULES[primitives.mul_p] = _mul
+RULES[primitives.div_p] = _div
+
+
+# ------------------------------------------------------------------------------------------
+# Sums and differences
+
+
+def _add(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    return _sum(eqn, lhs, rhs, lambda term: term)
+
+
+def _sub(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    return _sum(eqn, lhs, rhs, _negated)
+
+
+def _sum(eqn: Any, lhs: Any, rhs: Any, of_rhs: Callable[[Term], Term]) -> Any:
+    """A frozen shift joins the base; two weights' terms stand side by side."""
+    weights = [operand for operand in (lhs, rhs) if isinstance(operand, Weight)]
+    if any(weight.shape != eqn.outvars[0].aval.shape for weight in weights):
+        return NotImplemented
+    terms = lhs.terms if isinstance(lhs, Weight) else ()
+    terms += tuple(map(of_rhs, rhs.terms)) if isinstance(rhs, Weight) else ()
+    paths = dict.fromkeys(path for weight in weights for path in weight.paths)
+    return Weight(compat.bind(eqn, bases([lhs, rhs])), terms, tuple(paths))
+
+
+RULES[primitives.add_p] = _add
+RULES[primitives.add_jaxvals_p] = _add
+RULES[primitives.sub_p] = _sub

@@ -1,0 +1,137 @@
+"""`gather` from a symbolic weight: embedding lookup, and picking layers or experts from a stack.
+
+Each factor is gathered along those indexed dims that it spans. If only one factor spans them, as A
+(vocab, r) of an embedding does, the result is an activation: base rows + s · (A's rows)·B. If both
+do, as for a layer of a stack, the result is a smaller symbolic weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core.primitives as primitives
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.contractions import accumulate
+from lorax_fn.interpreter.factor import RANK, Factor
+from lorax_fn.interpreter.rule import RULES, Context
+from lorax_fn.interpreter.weight import Term, Weight
+
+
+def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
+        return NotImplemented
+    base = compat.bind(eqn, [weight.base, indices])
+    lookup = _Lookup.of(eqn, weight.ndim, base.ndim)
+    gathered = Weight(
+        base, tuple(t.map(lambda f: lookup(f, indices)) for t in weight.terms), weight.paths
+    )
+    activations = [
+        lookup.is_activation(before) or after.is_thin
+        for before, after in zip(weight.terms, gathered.terms, strict=True)
+    ]
+    return finish(ctx, eqn, gathered, activations)
+
+
+def finish(ctx: Context, eqn: Any, weight: Weight, finished: Sequence[bool]) -> Any:
+    """Adds those terms up that have become activations: one factor is a row per index.
+
+    Such a sum costs what the factored lookup costs, so it does not count as dense.
+    """
+    done = [t for t, flag in zip(weight.terms, finished, strict=True) if flag]
+    if not done:
+        return weight
+    ctx.factored(weight, eqn)
+    shares = [term.add_up(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for term in done]
+    base = accumulate(weight.base, shares)
+    rest = tuple(t for t, flag in zip(weight.terms, finished, strict=True) if not flag)
+    return Weight(base, rest, weight.paths) if rest else base
+
+
+def finish_thin(ctx: Context, eqn: Any, weight: Weight) -> Any:
+    """A cut that leaves one factor a mere vector over the rank is a lookup too."""
+    return finish(ctx, eqn, weight, [term.is_thin for term in weight.terms])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lookup:
+    """A `gather` as it acts on one factor; dims are those of the weight, out dims the result's."""
+
+    params: dict[str, Any]
+    window: dict[int, int]  # dims that survive → the result's dim that each becomes
+    batch: tuple[int, ...]  # the result's dims that come from the indices
+
+    @classmethod
+    def of(cls, eqn: Any, ndim: int, out_ndim: int) -> _Lookup:
+        numbers = eqn.params["dimension_numbers"]
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [d for d in range(ndim) if d not in gone]
+        batch = tuple(d for d in range(out_ndim) if d not in numbers.offset_dims)
+        return cls(eqn.params, dict(zip(kept, numbers.offset_dims, strict=True)), batch)
+
+    @property
+    def indexed(self) -> set[int]:
+        """The dims along which the result depends on the indices."""
+        numbers = self.params["dimension_numbers"]
+        return {*numbers.start_index_map, *numbers.operand_batching_dims}
+
+    def is_activation(self, term: Term) -> bool:
+        """Whether A's dims are looked up and B's are not, as in an embedding."""
+        return bool(self.indexed & term.a.spanned) and not self.indexed & term.b.spanned
+
+    def __call__(self, factor: Factor, indices: jax.Array) -> Factor:
+        if self.indexed & factor.spanned:
+            return self._gathered(factor, indices)
+        return self._windowed(factor)
+
+    def _gathered(self, factor: Factor, indices: jax.Array) -> Factor:
+        numbers = self.params["dimension_numbers"]
+        columns = [i for i, d in enumerate(numbers.start_index_map) if d in factor.dims]
+        pairs = [
+            (factor.dims.index(d), axis)
+            for d, axis in zip(
+                numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+            )
+            if d in factor.dims
+        ]
+        kept = [d for d in factor.dims if d == RANK or d in self.window]
+        first = len(self.batch)
+        array = lax.gather(
+            factor.array,
+            indices[..., jnp.array(columns, int)] if len(columns) < indices.shape[-1] else indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(first, first + len(kept))),
+                collapsed_slice_dims=factor.axes(
+                    [d for d in factor.dims if d in numbers.collapsed_slice_dims]
+                ),
+                start_index_map=factor.axes([numbers.start_index_map[i] for i in columns]),
+                operand_batching_dims=tuple(axis for axis, _ in pairs),
+                start_indices_batching_dims=tuple(axis for _, axis in pairs),
+            ),
+            factor.per_axis(self.params["slice_sizes"], rank=lambda r: r),
+            indices_are_sorted=self.params["indices_are_sorted"],
+            unique_indices=self.params["unique_indices"],
+            mode=self._mode(factor),
+            fill_value=0,  # out of bounds the base alone is the answer
+        )  # (indices…, window…)
+        return Factor(array, (*self.batch, *(d if d == RANK else self.window[d] for d in kept)))
+
+    def _mode(self, factor: Factor) -> Any:
+        if jax.dtypes.issubdtype(factor.array.dtype, jax.dtypes.prng_key):
+            return lax.GatherScatterMode.CLIP  # keys have no fill value
+        return self.params["mode"]
+
+    def _windowed(self, factor: Factor) -> Factor:
+        """A factor that no index touches: only the window's sizes cut it."""
+        limits = factor.per_axis(self.params["slice_sizes"], rank=lambda r: r)
+        array = lax.slice(factor.array, [0] * len(limits), limits)
+        gone = [d for d in factor.dims if d != RANK and d not in self.window]
+        return Factor(array, factor.dims).squeeze(gone).relabel(self.window.__getitem__)
+
+
+RULES[primitives.gather_p] = _gather

@@ -1,0 +1,71 @@
+"""The table of rules, and what a rule may ask of the evaluation it is part of.
+
+A rule is a function `(ctx, eqn, *operands) -> result` for one primitive, called when at least one
+operand is a `Weight`. It returns what `eqn.primitive.bind` would (a list if the primitive has
+several results), where any result may be a `Weight` again, or `NotImplemented` to have the weights
+added up instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.weight import Weight
+
+RULES: dict[Any, Callable] = {}
+"""Rules by primitive object; a name would outlive the primitive it once meant."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One meeting of a weight and an operation: consumed in factored form, or added up."""
+
+    path: str
+    primitive: str
+    source: str
+    dense: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One evaluation of a jaxpr; `on_event` hears of every meeting, once per leaf of params."""
+
+    on_event: Callable[[Event], None]
+
+    def factored(self, weight: Weight, eqn: Any) -> None:
+        """Says that the equation consumed the weight without adding it up."""
+        self._tell(weight, eqn, dense=False)
+
+    def add_up(self, value: Any, eqn: Any) -> jax.Array:
+        """Adds a weight up because the equation needs the sum; other values pass."""
+        if not isinstance(value, Weight):
+            return value
+        self._tell(value, eqn, dense=True)
+        return value.add_up()
+
+    def returned(self, value: Any) -> Any:
+        """Adds a weight up because the function returns it."""
+        if not isinstance(value, Weight):
+            return value
+        for path in value.paths:
+            self.on_event(Event(path, "return", "the function's results", dense=True))
+        return value.add_up()
+
+    def _tell(self, weight: Weight, eqn: Any, *, dense: bool) -> None:
+        for path in weight.paths:
+            name = eqn.primitive.name
+            self.on_event(Event(path, name, compat.source_line(eqn), dense))
+
+
+def apply_rule(ctx: Context, eqn: Any, operands: list[Any]) -> Any:
+    """Evaluates an equation that has a weight among its operands."""
+    rule = RULES.get(eqn.primitive)
+    result = NotImplemented if rule is None else rule(ctx, eqn, *operands)
+    if result is NotImplemented:
+        result = compat.bind(eqn, [ctx.add_up(value, eqn) for value in operands])
+    return result

@@ -1,0 +1,137 @@
+"""The symbolic sum: a frozen weight plus low-rank terms, W + Σ s·A·B, not added up.
+
+A `Weight` takes the place of one array while a jaxpr is evaluated. Linear shape operations map
+over its base and its factors; contractions turn it into factored products; anything else has to
+`add_up`. A dim that both factors of a term span (layers, experts) is a batch dim of A·B; a dim
+that neither spans is broadcast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_fn.interpreter.factor import Factor, labelled_dot
+
+
+def _static():
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One low-rank summand s·A·B.
+
+    `keys` holds a PRNG key for each batch dim of the weight, or None where dropout is off;
+    `dropout` is the probability with which an input of A is dropped.
+    """
+
+    a: Factor
+    b: Factor
+    keys: Factor | None
+    scale: float = _static()
+    dropout: float = _static()
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether A or B is a mere vector over the rank, so that A·B costs no more than W."""
+        return any(factor.size(factor.spanned) == 1 for factor in (self.a, self.b))
+
+    def map(self, fn: Callable[[Factor], Factor]) -> Term:
+        """Applies a linear shape operation to A, B and the keys."""
+        keys = None if self.keys is None else fn(self.keys)
+        return dataclasses.replace(self, a=fn(self.a), b=fn(self.b), keys=keys)
+
+    def add_up(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """s·A·B of the weight's shape."""
+        dims = tuple(range(len(shape)))
+        product = labelled_dot(
+            self.a.astype(dtype), self.b.astype(dtype), dims, precision=lax.Precision.HIGHEST
+        )
+        missing = [d for d in dims if d not in product.dims]
+        product = product.widen(missing, [shape[d] for d in missing]).transpose(dims)
+        return product.array if self.scale == 1.0 else product.array * self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """`base` + Σ terms. `paths` names the leaves of params that it came from."""
+
+    base: Any
+    terms: tuple[Term, ...]
+    paths: tuple[str, ...] = _static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the sum."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of dims of the sum."""
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the sum; the factors keep their own."""
+        return self.base.dtype
+
+    def map(self, base: Any, fn: Callable[[Factor], Factor]) -> Weight:
+        """A weight with a new base, `fn` applied to every factor."""
+        return Weight(base, tuple(term.map(fn) for term in self.terms), self.paths)
+
+    def relabel(self, base: Any, rename: Callable[[int], int]) -> Weight:
+        """A weight with a new base, whose dim `rename(d)` is this one's dim d."""
+        return self.map(base, lambda factor: factor.relabel(rename))
+
+    def add_up(self) -> jax.Array:
+        """The sum as one array, formed in float32 or wider and cast once to `dtype`."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        total = self.base.astype(wide)
+        for term in self.terms:
+            total = total + term.add_up(self.shape, wide)
+        return total.astype(self.dtype)
+
+
+def stack_leading(weight: Weight) -> Weight:
+    """Relabels a weight whose arrays have all gained a leading axis, such as a scan's outputs."""
+
+    def lead(factor: Factor) -> Factor:
+        return Factor(factor.array, (0, *factor.relabel(lambda d: d + 1).dims))
+
+    return weight.map(weight.base, lead)
+
+
+def bases(operands: Sequence[Any]) -> list[Any]:
+    """The operands with every weight replaced by its base."""
+    return [value.base if isinstance(value, Weight) else value for value in operands]
+
+
+def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Weight]]:
+    """Splits a stacked weight for a scan over its dim 0.
+
+    Returns the arrays to scan over (the base and every factor that spans dim 0, that dim first) and
+    the function that makes one step's weight of their slices. Factors that do not span dim 0 are
+    the same in every step.
+    """
+    leaves, treedef = jax.tree.flatten(weight.terms, is_leaf=lambda x: isinstance(x, Factor))
+    stacked = [leaf.lead_with(0) if 0 in leaf.dims else leaf for leaf in leaves]
+    arrays = [weight.base, *(f.array for f in stacked if 0 in f.dims)]
+
+    def rebuild(slices: list[Any]) -> Weight:
+        base, *rest = slices
+        sliced = iter(rest)
+        factors = [
+            Factor(next(sliced), f.dims[1:]) if 0 in f.dims else f for f in stacked
+        ]  # still labelled by the stack's dims
+        terms = jax.tree.unflatten(treedef, [f.relabel(lambda d: d - 1) for f in factors])
+        return Weight(base, terms, weight.paths)
+
+    return arrays, rebuild

@@ -1,0 +1,59 @@
+"""Factors paired with the leaves of params that they belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from lorax_fn.adapters import Adapter, is_adapter
+from lorax_fn.errors import StructureError
+from lorax_fn.paths import leaves_with_paths
+from lorax_fn.tracing import is_array
+
+Pytree = Any
+
+
+def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None]]:
+    """Returns (path, leaf, adapter or None) for every leaf of params, in flatten order.
+
+    Raises:
+        StructureError: if the two trees have changed places or differ in structure, or an adapter
+            does not fit its leaf.
+    """
+    if any(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter))):
+        raise StructureError(
+            "params hold adapter nodes: were params and factors passed in the wrong order? "
+            "Wanted (params, factors, …)."
+        )
+    leaves = leaves_with_paths(params)
+    try:
+        nodes = jax.tree.structure(params).flatten_up_to(factors)
+    except (ValueError, TypeError) as e:
+        raise StructureError(
+            f"factors are not parallel to params: {e}. Wanted what lora.init made for these "
+            "params, the first argument of the function."
+        ) from e
+    pairs = [(path, leaf, node) for (path, leaf), node in zip(leaves, nodes, strict=True)]
+    for path, leaf, node in pairs:
+        _check(path, leaf, node)
+    return pairs
+
+
+def _check(path: str, leaf: Any, node: Any) -> None:
+    if node is None:
+        return
+    if not is_adapter(node):
+        raise StructureError(
+            f"factors hold {_brief(node)} at {path!r}; wanted an adapter node or None. Wanted what "
+            "lora.init made for these params, as the second argument."
+        )
+    if not is_array(leaf):
+        raise StructureError(f"factors adapt {path!r}, which is {_brief(leaf)} and no array.")
+    node.check(path, leaf)
+
+
+def _brief(value: Any) -> str:
+    if is_array(value):
+        return f"an array {value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,109 @@
+"""From a call `apply_fn(params, *args, **kwargs)` to a jaxpr over flat arrays, and back.
+
+Leaves that are arrays are traced; all others (bools, strings, callables, Python numbers) are static:
+the function sees them as they are, and static leaves among its outputs are put back by `rebuild`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jax_core
+
+Pytree = Any
+
+_TRACED = (np.number, np.bool_, jax.dtypes.extended)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether `leaf` is traced: it has a shape and a dtype that JAX computes with.
+
+    True of JAX arrays and tracers, numpy arrays and scalars, typed PRNG keys and
+    `jax.ShapeDtypeStruct`; False of Python scalars and of numpy arrays of strings or objects.
+    """
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return False
+    try:
+        return any(jax.dtypes.issubdtype(leaf.dtype, kind) for kind in _TRACED)
+    except TypeError:  # a dtype of another library
+        return False
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A call, traced once.
+
+    Attributes:
+        jaxpr: closed jaxpr; its inputs are `param_leaves`, then `arg_leaves`.
+        param_leaves: the array leaves of `params`, in flatten order.
+        param_slots: for each of these, its position among all leaves of `params`
+            (`jax.tree.leaves(params)`), static ones included.
+        arg_leaves: the array leaves of `(args, kwargs)`, in flatten order.
+        rebuild: from the jaxpr's flat outputs to what `apply_fn` returned.
+    """
+
+    jaxpr: jax_core.ClosedJaxpr
+    param_leaves: list[Any]
+    param_slots: tuple[int, ...]
+    arg_leaves: list[Any]
+    rebuild: Callable[[Sequence[Any]], Pytree]
+
+
+def trace(
+    apply_fn: Callable[..., Pytree], params: Pytree, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Traced:
+    """Traces `apply_fn(params, *args, **kwargs)` without computing anything.
+
+    Arrays may be abstract (`jax.ShapeDtypeStruct`); weak types are kept. Whatever `apply_fn` raises
+    while it is traced comes through unchanged. Costs one Python run of `apply_fn`.
+
+    >>> import jax.numpy as jnp
+    >>> t = trace(lambda w, x, on: (x @ w, on), jnp.ones((2, 3)), (jnp.ones(2), True), {})
+    >>> inputs = [*t.param_leaves, *t.arg_leaves]
+    >>> t.rebuild(jax.core.eval_jaxpr(t.jaxpr.jaxpr, t.jaxpr.consts, *inputs))
+    (Array([2., 2., 2.], dtype=float32), True)
+    """
+    param_leaves, param_slots, fill_params = _partition(params, is_array)
+    arg_leaves, _, fill_args = _partition((tuple(args), dict(kwargs)), is_array)
+    fill_outputs: Callable[[Sequence[Any]], Pytree] | None = None
+
+    def flat(*arrays: Any) -> list[Any]:
+        nonlocal fill_outputs
+        args, kwargs = fill_args(arrays[len(param_leaves) :])
+        outputs = apply_fn(fill_params(arrays[: len(param_leaves)]), *args, **kwargs)
+        computed, _, fill_outputs = _partition(outputs, _is_computed)
+        return computed
+
+    jaxpr = jax.make_jaxpr(flat)(*param_leaves, *arg_leaves)
+    assert fill_outputs is not None  # `flat` has run: it is new, so no cache knows it
+    return Traced(jaxpr, param_leaves, param_slots, arg_leaves, fill_outputs)
+
+
+def _partition(
+    tree: Pytree, traced: Callable[[Any], bool]
+) -> tuple[list[Any], tuple[int, ...], Callable[[Sequence[Any]], Pytree]]:
+    """Splits off the traced leaves: (leaves, their positions, a function that puts others back)."""
+    leaves, treedef = jax.tree.flatten(tree)
+    slots = tuple(i for i, leaf in enumerate(leaves) if traced(leaf))
+    static = list(leaves)
+    for i in slots:
+        static[i] = None  # hold no tracer and no array beyond the trace
+
+    def fill(arrays: Sequence[Any]) -> Pytree:
+        if len(arrays) != len(slots):
+            raise TypeError(f"got {len(arrays)} arrays for a tree with {len(slots)} of them")
+        filled = list(static)
+        for i, array in zip(slots, arrays, strict=True):
+            filled[i] = array
+        return jax.tree.unflatten(treedef, filled)
+
+    return [leaves[i] for i in slots], slots, fill
+
+
+def _is_computed(leaf: Any) -> bool:
+    """A returned `ShapeDtypeStruct` holds no value: it is passed on as it is."""
+    return is_array(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)

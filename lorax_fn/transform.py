@@ -1,0 +1,182 @@
+"""`wrap`, `merge` and `unmerge`: a function and its params, with and without the factors."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_fn.adapters import Adapter
+from lorax_fn.errors import DenseWarning, LoraError, StructureError
+from lorax_fn.evaluate import evaluate
+from lorax_fn.init import check_key
+from lorax_fn.interpreter import Event, Weight
+from lorax_fn.pairing import pair
+
+Pytree = Any
+
+
+def wrap(
+    apply_fn: Callable[..., Any], *, dense: Literal["warn", "error", "allow"] = "warn"
+) -> Callable[..., Any]:
+    """Makes `apply_fn` take factors second, and compute with the adapted weights.
+
+    The function is traced with params of their ordinary shapes, and its jaxpr evaluated with every
+    adapted weight as frozen base plus low-rank terms, which are kept apart wherever the weight is
+    contracted: a training step costs what it costs with LoRA written into the layers by hand. No
+    gradient reaches params. Pair the result with `jax.jit`: each eager call traces anew.
+
+    Args:
+        apply_fn: any function of a pytree of params and further arguments.
+        dense: what to do where a weight meets an operation with no factored form and has to be
+            added up as W + s·A·B: "warn" (`DenseWarning`), "error" (`LoraError`) or "allow".
+
+    Returns:
+        `wrapped(params, factors, *args, lora_key=None, **kwargs)`, which returns what
+        `apply_fn(params, *args, **kwargs)` returns. Arrays among the arguments are traced, all
+        others are static. `lora_key`, a PRNG key, turns the adapters' dropout on.
+
+    Raises:
+        LoraError: if apply_fn is no function or dense no such word; when called, where
+            dense="error" and a weight had to be added up, and where lora_key is no PRNG key.
+        StructureError: when called with factors that do not belong to params.
+
+    >>> import jax, jax.numpy as jnp, lorax_fn as lora
+    >>> params = {"w": jnp.ones((3, 2))}
+    >>> apply_fn = lambda params, x: x @ params["w"]
+    >>> factors = lora.init(jax.random.key(0), params, [lora.LoRA("w", rank=1, alpha=2)])
+    >>> lora.wrap(apply_fn)(params, factors, jnp.ones((4, 3))).shape
+    (4, 2)
+    """
+    if not callable(apply_fn):
+        raise LoraError(
+            f"apply_fn is of type {type(apply_fn).__name__}; wanted a function "
+            "apply_fn(params, *args), such as model.apply."
+        )
+    if dense not in ("warn", "error", "allow"):
+        raise LoraError(f"dense={dense!r} is unknown; wanted 'warn', 'error' or 'allow'.")
+
+    def wrapped(
+        params: Pytree, factors: Pytree, /, *args: Any, lora_key: Any = None, **kwargs: Any
+    ) -> Any:
+        key = None if lora_key is None else check_key(lora_key, "lora_key")
+        added_up: dict[Event, None] = {}
+
+        def on_event(event: Event) -> None:
+            if event.dense and dense == "error":
+                raise LoraError(_added_up(event) + " Exclude the leaf, or allow it by dense=.")
+            if event.dense:
+                added_up[event] = None
+
+        result = evaluate(apply_fn, params, factors, args, kwargs, key=key, on_event=on_event)
+        if dense == "warn":
+            for event in added_up:
+                warnings.warn(_added_up(event), DenseWarning, stacklevel=2)
+        return result
+
+    # Not functools.wraps: the wrapped function's signature is another.
+    wrapped.__name__ = f"lora({getattr(apply_fn, '__name__', type(apply_fn).__name__)})"
+    wrapped.__doc__ = "(params, factors, *args, lora_key=None, **kwargs) -> what apply_fn returns."
+    return wrapped
+
+
+def _added_up(event: Event) -> str:
+    return (
+        f"{event.path!r} meets {event.primitive} at {event.source}, which has no factored form: "
+        "the weight is added up there as W + s·A·B."
+    )
+
+
+def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pytree:
+    """Adds the factors into params, for the plain function to serve with no extra cost.
+
+    The sum is formed in float32 or wider and cast once, so in half precision too the merged model
+    answers as the adapted one does, to one rounding of the weight.
+
+    Args:
+        params: the frozen base; not changed.
+        factors: what `init` made for it, trained or not.
+        check_finite: refuse a merged leaf that holds a NaN or an infinity.
+
+    Returns:
+        A pytree of the structure, dtypes and shardings of params. Leaves without a factor are the
+        very same arrays.
+
+    Raises:
+        StructureError: if factors do not belong to params.
+        LoraError: if `check_finite` and a merged leaf is not finite.
+
+    >>> import jax, jax.numpy as jnp, lorax_fn as lora
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    >>> factors = lora.init(jax.random.key(0), params, [lora.LoRA("w", rank=1, alpha=2)])
+    >>> lora.merge(params, factors)["b"] is params["b"]
+    True
+    """
+
+    def merged(path: str, leaf: Any, adapter: Adapter) -> jax.Array:
+        result = _placed_like(leaf, _merged)(leaf, adapter)
+        if check_finite and not bool(jnp.isfinite(result).all()):
+            raise LoraError(
+                f"the merged {path!r} is not finite: its base or its factors hold NaN or infinity, "
+                "or the sum overflows its dtype. Look at the factors' norms."
+            )
+        return result
+
+    return _map_adapted(merged, params, factors)
+
+
+def unmerge(params: Pytree, factors: Pytree) -> Pytree:
+    """Takes merged factors out of params again: the inverse of `merge`, to rounding.
+
+    Repeated merging and unmerging in half precision drifts; where the base can be kept, keep it.
+
+    Args:
+        params: what `merge` returned.
+        factors: the factors that were merged.
+
+    Returns:
+        A pytree of the structure, dtypes and shardings of params.
+
+    Raises:
+        StructureError: if factors do not belong to params.
+    """
+
+    def unmerged(path: str, leaf: Any, adapter: Adapter) -> jax.Array:
+        return _placed_like(leaf, _unmerged)(leaf, adapter)
+
+    return _map_adapted(unmerged, params, factors)
+
+
+def _map_adapted(fn: Callable[..., Any], params: Pytree, factors: Pytree) -> Pytree:
+    """Maps `fn(path, leaf, adapter)` over the adapted leaves; the others stay."""
+    results = [
+        leaf if adapter is None else fn(path, leaf, adapter)
+        for path, leaf, adapter in pair(params, factors)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), results)
+
+
+def _merged(leaf: Any, adapter: Adapter) -> jax.Array:
+    adapted = adapter.adapt(jnp.asarray(leaf), "")
+    return adapted.add_up() if isinstance(adapted, Weight) else adapted
+
+
+def _unmerged(leaf: Any, adapter: Adapter) -> jax.Array:
+    return adapter.remove(jnp.asarray(leaf), "")
+
+
+def _placed_like(leaf: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` compiled to leave its result where a concrete, committed leaf lies."""
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
+        return _compiled(fn, leaf.sharding)
+    return _compiled(fn, None)
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(fn: Callable[..., Any], sharding: Any) -> Callable[..., Any]:
+    return jax.jit(fn) if sharding is None else jax.jit(fn, out_shardings=sharding)
