@@ -65,18 +65,16 @@ def infer_axes(apply_fn: Callable[..., Any], params: Pytree, *args: Any, **kwarg
 
     `apply_fn(params, *args, **kwargs)` is traced once and never computed, so arrays may be
     `jax.ShapeDtypeStruct`s of any size; leaves that are no arrays are static. A lookup `E[ids]` of
-    rows contracts dim 0 of `E`, as its one-hot form would. A weight used twice, such as an embedding
-    tied to the output head, gets the split of the lookup, or else of the first use.
+    rows contracts dim 0 of `E`, as its one-hot form would. A weight used twice, such as an
+    embedding tied to the output head, gets the split of the lookup, or else of the first use.
 
-    A dim that leads the contract dims and indexes the weights of a *later* contraction, too (experts
-    whose first matmul shares one input), is a batch dim; nothing but its use tells it from heads.
+    An out dim in front of the contract dims that also indexes the weights of a later contraction
+    (experts whose first matmul shares one input) is a batch dim: only that tells it from heads.
 
     >>> import jax.numpy as jnp
     >>> def apply(params, x):
-    ...     return (
-    ...         jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])[0]
-    ...         + params["b"]
-    ...     )
+    ...     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
+    ...     return x + params["b"]
     >>> f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     >>> infer_axes(apply, {"stack": f32(12, 4096, 4096), "b": f32(4096)}, f32(8, 4096))
     {'b': None, 'stack': Axes(batch=(0,), contract=(1,), out=(2,))}
@@ -106,8 +104,8 @@ def _settle(uses: list[Use], shared: set[int], ndim: int) -> Axes | None:
     out = use.out - batch
     for dim in range(ndim):
         if dim not in use.contract | batch and dim - 1 in out:
-            out |= {dim}  # of size 1, squeezed away before the use
-    batch = set(range(ndim)) - use.contract - out  # the rest
+            out |= frozenset([dim])  # of size 1, squeezed away before the use
+    batch = frozenset(range(ndim)) - use.contract - out  # the rest
     return Axes(*(tuple(sorted(dims)) for dims in (batch, use.contract, out)))
 
 

@@ -2,7 +2,7 @@
 
 Each variable holds traces. A trace says of one leaf of `params` which of the leaf's dims (the
 *origins*) each dim of the variable came from; a reshape may merge or split them. Contractions and
-lookups turn the traces of their operands into uses, sets of origins that are batch, contract or out.
+lookups turn traces into uses: sets of origins that are batch, contract or out.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Analysis:
         Returns whether the result is to be followed: whether an out dim might index experts.
         """
         rest = set(range(len(trace.dims))) - {*batch, *contract}
-        # A reshaped origin may play two roles. Contracting it wins: that is what A must do. Where it
-        # is half batch and half output, only an output covers both.
+        # A reshaped origin may play two roles. Half contracted, it has to be contracted, or A could
+        # not be applied first; half batch and half output, only an output covers both.
         contracted = trace.origins(contract)
         out = trace.origins(rest) - contracted
         indices = (trace.batch | trace.origins(batch)) - contracted - out

@@ -23,8 +23,7 @@ from lorax_fn.axes_flow import (
     join,
     make_value,
 )
-from lorax_fn.interpreter.compat import scan_counts
-
+from lorax_fn.interpreter.compat import ragged_dot_general_p, scan_counts
 
 # --- Contractions ---------------------------------------------------------------------------------
 
@@ -332,6 +331,7 @@ LINEAR = {
 RULES: dict[Any, Rule] = {
     prims.dot_general_p: _dot_general,
     prims.conv_general_dilated_p: _conv_general_dilated,
+    ragged_dot_general_p: _ragged_dot_general,
     prims.gather_p: _gather,
     prims.dynamic_slice_p: _dynamic_slice,
     prims.transpose_p: _transpose,
@@ -343,7 +343,7 @@ RULES: dict[Any, Rule] = {
     prims.while_p: _while,
     prims.cond_p: _cond,
 }
-if hasattr(lax, "unstack_p"):
+if hasattr(lax, "unstack_p"):  # before, `jnp.unstack` sliced and squeezed
     RULES[lax.unstack_p] = _unstack
 
 
@@ -351,8 +351,6 @@ def rule_for(eqn: Any) -> Rule:
     """The rule for an equation: by its primitive, or by what its params show."""
     if eqn.primitive in RULES:
         return RULES[eqn.primitive]
-    if "ragged_dot_dimension_numbers" in eqn.params:  # its primitive is not public
-        return _ragged_dot_general
     for param in eqn.params.values():  # jit, remat, custom_jvp, shard_map, …
         jaxpr = getattr(param, "jaxpr", param)
         if isinstance(jaxpr, jax_core.Jaxpr) and (

@@ -77,7 +77,7 @@ def _variable_key_paths(tree: Pytree) -> set[tuple[Any, ...]]:
 
 
 def _is_variable(node: Any) -> bool:
-    """Whether `node` is an NNX variable (`VariableState` before Flax 0.12), without importing NNX."""
+    """Whether `node` is an NNX variable (`VariableState` before Flax 0.12); imports no NNX."""
     return any(
         cls.__name__ in ("Variable", "VariableState") and cls.__module__.startswith("flax.nnx")
         for cls in type(node).__mro__

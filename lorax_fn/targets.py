@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def _pattern(targets: str | re.Pattern[str]) -> str:
     return targets if isinstance(targets, str) else targets.pattern
 
 
-def _is_names(targets: Any) -> bool:
+def _is_names(targets: Any) -> TypeGuard[Collection[str]]:
     return isinstance(targets, list | tuple | set | frozenset)
 
 

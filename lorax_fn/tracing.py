@@ -1,7 +1,7 @@
 """From a call `apply_fn(params, *args, **kwargs)` to a jaxpr over flat arrays, and back.
 
-Leaves that are arrays are traced; all others (bools, strings, callables, Python numbers) are static:
-the function sees them as they are, and static leaves among its outputs are put back by `rebuild`.
+Leaves that are arrays are traced. All others (bools, strings, callables, Python numbers) are
+static: the function sees them as they are; those among its outputs are put back by `rebuild`.
 """
 
 from __future__ import annotations
@@ -69,18 +69,18 @@ def trace(
     """
     param_leaves, param_slots, fill_params = _partition(params, is_array)
     arg_leaves, _, fill_args = _partition((tuple(args), dict(kwargs)), is_array)
-    fill_outputs: Callable[[Sequence[Any]], Pytree] | None = None
+    fill_outputs: list[Callable[[Sequence[Any]], Pytree]] = []
 
     def flat(*arrays: Any) -> list[Any]:
-        nonlocal fill_outputs
         args, kwargs = fill_args(arrays[len(param_leaves) :])
         outputs = apply_fn(fill_params(arrays[: len(param_leaves)]), *args, **kwargs)
-        computed, _, fill_outputs = _partition(outputs, _is_computed)
+        computed, _, fill = _partition(outputs, _is_computed)
+        fill_outputs.append(fill)
         return computed
 
     jaxpr = jax.make_jaxpr(flat)(*param_leaves, *arg_leaves)
-    assert fill_outputs is not None  # `flat` has run: it is new, so no cache knows it
-    return Traced(jaxpr, param_leaves, param_slots, arg_leaves, fill_outputs)
+    # `flat` has run just once: it is new, so no cache of traces knows it.
+    return Traced(jaxpr, param_leaves, param_slots, arg_leaves, fill_outputs[-1])
 
 
 def _partition(

@@ -9,6 +9,7 @@ from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they re
     convolution,
     cuts,
     elementwise,
+    join,
     lookup,
     shapes,
 )

@@ -26,9 +26,10 @@ ragged_dot_general_p = _lax.ragged_dot_general_p
 split_p = _lax.split_p
 optimization_barrier_p = _lax.optimization_barrier_p
 stop_gradient_p = _ad_util.stop_gradient_p
-vary_primitives = tuple(
-    getattr(_core, name) for name in ("pvary_p",) if hasattr(_core, name)
-)
+pvary_p = _core.pvary_p
+# None before 0.10, where `jnp.stack` was a concatenation.
+stack_p = getattr(_lax, "stack_p", None)
+unstack_p = getattr(_lax, "unstack_p", None)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

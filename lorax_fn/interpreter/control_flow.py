@@ -5,6 +5,7 @@ A `Weight` is a pytree, so JAX's own flattening carries it into and out of the b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,9 +138,11 @@ def _stable_carry(
 
 
 def _same_form(weight: Weight, other: Any) -> bool:
-    """Whether two values have the same structure, shapes and dtypes."""
-    leaves, treedef = jax.tree.flatten(weight)
-    other_leaves, other_treedef = jax.tree.flatten(other)
+    """Whether two values have the same structure, shapes and dtypes, whatever their paths."""
+    if not isinstance(other, Weight):
+        return False
+    leaves, treedef = jax.tree.flatten(dataclasses.replace(weight, paths=()))
+    other_leaves, other_treedef = jax.tree.flatten(dataclasses.replace(other, paths=()))
     return treedef == other_treedef and all(
         a.shape == b.shape and a.dtype == b.dtype
         for a, b in zip(leaves, other_leaves, strict=True)
@@ -168,23 +171,27 @@ def _cond(ctx: Context, eqn: Any, index: Any, *operands: Any) -> list[Any]:
 
     branches = [interpreted(branch) for branch in eqn.params["branches"]]
     forms = [jax.eval_shape(branch, *operands) for branch in branches]
-    symbolic = [
-        all(isinstance(first, Weight) and _same_form(first, other) for other in others)
-        for first, *others in zip(*forms, strict=True)
-    ]
+    paths = [_joint_paths(values) for values in zip(*forms, strict=True)]
 
     def unified(branch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         """The branch with its results in a form that all branches share."""
 
         def run(*operands: Any) -> list[Any]:
             return [
-                value if keep else ctx.add_up(value, eqn)
-                for value, keep in zip(branch(*operands), symbolic, strict=True)
+                ctx.add_up(value, eqn) if own is None else dataclasses.replace(value, paths=own)
+                for value, own in zip(branch(*operands), paths, strict=True)
             ]
 
         return run
 
     return compat.rebuild_switch(eqn.params, index, map(unified, branches), operands)
+
+
+def _joint_paths(values: Sequence[Any]) -> tuple[str, ...] | None:
+    """The paths of a result that is a weight of one form in all branches, else None."""
+    if not all(isinstance(v, Weight) and _same_form(values[0], v) for v in values):
+        return None
+    return tuple(dict.fromkeys(path for value in values for path in value.paths))
 
 
 RULES[primitives.cond_p] = _cond

@@ -1,4 +1,4 @@
-"""A symbolic weight cut, reversed, padded, joined with others, and split.
+"""A symbolic weight cut, reversed, padded and split.
 
 Along a dim that a factor spans, the factor is cut as the base is; other factors stay whole.
 """
@@ -18,7 +18,7 @@ from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import Factor
 from lorax_fn.interpreter.lookup import finish_thin
 from lorax_fn.interpreter.rule import RULES, Context
-from lorax_fn.interpreter.weight import Term, Weight, bases
+from lorax_fn.interpreter.weight import Term, Weight
 
 
 def _slice(ctx: Context, eqn: Any, weight: Weight) -> Any:
@@ -71,11 +71,11 @@ def _pad(ctx: Context, eqn: Any, weight: Any, value: Any) -> Any:
     base = compat.bind(eqn, [weight.base, value])
     # The padding belongs to the base; the terms are padded with zeros, along one factor at least.
     padded = [d for d, edges in enumerate(config) if tuple(edges) != (0, 0, 0)]
-    terms = tuple(_padded(term, config, padded, weight.shape) for term in weight.terms)
+    terms = tuple(padded(term, config, padded, weight.shape) for term in weight.terms)
     return Weight(base, terms, weight.paths)
 
 
-def _padded(term: Term, config: Sequence, padded: Sequence[int], shape: Sequence[int]) -> Term:
+def padded(term: Term, config: Sequence, padded: Sequence[int], shape: Sequence[int]) -> Term:
     loose = [d for d in padded if d not in term.a.dims and d not in term.b.dims]
     a = term.a.widen(loose, [shape[d] for d in loose])
 
@@ -87,23 +87,6 @@ def _padded(term: Term, config: Sequence, padded: Sequence[int], shape: Sequence
     if keys is not None and set(padded) & keys.spanned:  # a key has no zero to pad with
         keys = Factor(keys.array.reshape(-1)[0], ())
     return dataclasses.replace(term, a=pad(a), b=pad(term.b), keys=keys)
-
-
-def _concatenate(ctx: Context, eqn: Any, *operands: Any) -> Weight:
-    """Each weight's terms, padded with zeros to the joint length: [ΔQ 0 0] + [0 ΔK 0] + …"""
-    dim = eqn.params["dimension"]
-    base = compat.bind(eqn, bases(operands))
-    terms: list[Term] = []
-    paths: list[str] = []
-    before = 0
-    for operand in operands:
-        after = base.shape[dim] - before - operand.shape[dim]
-        if isinstance(operand, Weight):
-            config = [(before, after, 0) if d == dim else (0, 0, 0) for d in range(base.ndim)]
-            terms += [_padded(term, config, [dim], operand.shape) for term in operand.terms]
-            paths += operand.paths
-        before += operand.shape[dim]
-    return Weight(base, tuple(terms), tuple(dict.fromkeys(paths)))
 
 
 def _split(ctx: Context, eqn: Any, weight: Weight) -> list[Any]:
@@ -123,9 +106,28 @@ def _split(ctx: Context, eqn: Any, weight: Weight) -> list[Any]:
     return [weight.map(base, part(*span)) for base, span in zip(parts, spans, strict=True)]
 
 
+def _unstack(ctx: Context, eqn: Any, weight: Weight) -> list[Any]:
+    dim = eqn.params["axis"]
+    kept = [d for d in range(weight.ndim) if d != dim]
+
+    def pick(index: int) -> Callable[[Factor], Factor]:
+        def cut(factor: Factor) -> Factor:
+            if dim in factor.dims:
+                axis = factor.dims.index(dim)
+                piece = lax.slice_in_dim(factor.array, index, index + 1, axis=axis)
+                factor = factor.with_array(piece).squeeze([dim])
+            return factor.relabel(kept.index)
+
+        return cut
+
+    parts = enumerate(compat.bind(eqn, [weight.base]))
+    return [finish_thin(ctx, eqn, weight.map(base, pick(i))) for i, base in parts]
+
+
 RULES[primitives.slice_p] = _slice
 RULES[primitives.dynamic_slice_p] = _dynamic_slice
 RULES[primitives.rev_p] = _rev
 RULES[primitives.pad_p] = _pad
-RULES[primitives.concatenate_p] = _concatenate
 RULES[compat.split_p] = _split
+if compat.unstack_p is not None:
+    RULES[compat.unstack_p] = _unstack

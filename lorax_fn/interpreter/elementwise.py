@@ -28,22 +28,13 @@ def _on_base(ctx: Context, eqn: Any, weight: Weight) -> Any:
     return weight.map(compat.bind(eqn, [weight.base]), lambda factor: factor)
 
 
-def _on_all(ctx: Context, eqn: Any, weight: Weight) -> Weight:
-    """What acts alike on an array of any shape is done to the base and to every factor."""
-
-    def bind(array: jax.Array) -> jax.Array:
-        return compat.bind(eqn, [array])
-
-    return weight.map(bind(weight.base), lambda f: f.with_array(bind(f.array)))
-
-
-def _optimization_barrier(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
-    leaves, treedef = jax.tree.flatten(list(operands), is_leaf=_is_key)
-    return jax.tree.unflatten(treedef, compat.bind(eqn, leaves))
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _on_all(ctx: Context, eqn: Any, *operands: Any) -> Any:
+    """What acts alike on arrays of any shape is done to the bases and to every factor."""
+    leaves, treedef = jax.tree.flatten(list(operands))
+    if eqn.primitive.multiple_results:
+        return jax.tree.unflatten(treedef, compat.bind(eqn, leaves))
+    (result,) = jax.tree.unflatten(treedef, [compat.bind(eqn, [leaf]) for leaf in leaves])
+    return result
 
 
 def _sharding_constraint(ctx: Context, eqn: Any, weight: Weight) -> Weight:
@@ -59,9 +50,13 @@ for _primitive in (
     compat.name_p,
 ):
     RULES[_primitive] = _on_base
-for _primitive in (primitives.copy_p, compat.stop_gradient_p, *compat.vary_primitives):
+for _primitive in (
+    primitives.copy_p,
+    compat.stop_gradient_p,
+    compat.optimization_barrier_p,
+    compat.pvary_p,
+):
     RULES[_primitive] = _on_all
-RULES[compat.optimization_barrier_p] = _optimization_barrier
 RULES[primitives.sharding_constraint_p] = _sharding_constraint
 
 

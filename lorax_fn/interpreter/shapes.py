@@ -38,14 +38,15 @@ def _broadcast_in_dim(ctx: Context, eqn: Any, weight: Weight, *dynamic_shape: An
 
 
 def _reshape(ctx: Context, eqn: Any, weight: Weight, *dynamic_shape: Any) -> Any:
-    if eqn.params["dimensions"] is not None:
-        return NotImplemented
-    groups = _dim_groups(weight.shape, eqn.params["new_sizes"])
-    factors = [f for t in weight.terms for f in (t.a, t.b, t.keys) if f is not None]
-    if not all(_is_whole(f, old, weight.shape) for f in factors for old, _ in groups):
+    order = eqn.params["dimensions"] or range(weight.ndim)  # transposed so before it is reshaped
+    shape = [weight.shape[d] for d in order]
+    groups = _dim_groups(shape, eqn.params["new_sizes"])
+    ordered = weight.relabel(weight.base, list(order).index)
+    factors = [f for t in ordered.terms for f in (t.a, t.b, t.keys) if f is not None]
+    if not all(_is_whole(f, old, shape) for f in factors for old, _ in groups):
         return NotImplemented
     base = compat.bind(eqn, [weight.base, *dynamic_shape])
-    return weight.map(base, lambda f: _reshaped(f, groups, weight.shape, base.shape))
+    return ordered.map(base, lambda f: _reshaped(f, groups, shape, base.shape))
 
 
 def _dim_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
