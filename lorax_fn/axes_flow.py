@@ -15,7 +15,7 @@ from jax.extend import core as jax_core
 
 Dims = tuple[tuple[int, ...], ...]  # for each dim of a variable, its origins, outermost first
 Rule = Callable[["Analysis", Any, list["Value"]], list["Value"]]
-LOOKUP, ON_DATA, ON_WEIGHTS = range(3)  # ranks of uses: which has most to say about the split
+LOOKUP, ON_DATA, ON_WEIGHTS, PICK = range(4)  # ranks of uses: which has most to say about the split
 
 
 class Kind(enum.IntEnum):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jax import lax
 from jax.extend import core as jax_core
 from jax.extend.core import primitives as prims
 
@@ -14,6 +13,7 @@ from lorax_fn.axes_flow import (
     LOOKUP,
     ON_DATA,
     ON_WEIGHTS,
+    PICK,
     Analysis,
     Dims,
     Kind,
@@ -23,7 +23,7 @@ from lorax_fn.axes_flow import (
     join,
     make_value,
 )
-from lorax_fn.interpreter.compat import ragged_dot_general_p, scan_counts
+from lorax_fn.interpreter import compat
 
 # --- Contractions ---------------------------------------------------------------------------------
 
@@ -65,8 +65,9 @@ def _conv_general_dilated(analysis: Analysis, eqn: Any, values: list[Value]) -> 
     for t in values[1].weights:
         # vmap of a convolution folds the mapped dim of the kernels into their output features, as
         # groups; the output features of an ordinary grouped convolution have a single origin.
+        # So have those of a depthwise kernel reshaped to it, which has no dim of input features.
         mapped = _leading_of_size(t.dims[out_dim], analysis.shapes[t.leaf], groups)
-        if mapped:
+        if mapped and t.dims[contract[0]]:
             dims = list(t.dims)
             dims[out_dim] = dims[out_dim][len(mapped) :]
             t = t._replace(dims=tuple(dims), batch=t.batch | {*mapped})
@@ -120,7 +121,8 @@ def _gather(analysis: Analysis, eqn: Any, values: list[Value]) -> list[Value]:
             dims[out_dim] = () if d in picked else t.dims[d]
         return t._replace(dims=tuple(dims), batch=analysis.pick(t, [*picked, *mapped]))
 
-    return [_look_up(analysis, values[0], picked, mapped, follow)]
+    many = ndim > len(numbers.offset_dims)
+    return [_look_up(analysis, values[0], picked, mapped, follow, many=many)]
 
 
 def _dynamic_slice(analysis: Analysis, eqn: Any, values: list[Value]) -> list[Value]:
@@ -139,16 +141,23 @@ def _look_up(
     picked: Sequence[int],
     mapped: Sequence[int],
     follow: Callable[[Trace], Trace],
+    *,
+    many: bool = False,
 ) -> Value:
-    """Picking entries that are vectors looks them up; larger ones are weights (layers, experts)."""
+    """Picking entries that are vectors looks them up; larger ones are weights (layers, experts).
+
+    If nothing contracts the larger ones later, picking `many` of them was a lookup too.
+    """
     followed, found = [], False
     for t in value.traces:
         rest = [d for d in range(len(t.dims)) if d not in {*picked, *mapped} and t.dims[d]]
         if not t.is_result and len(rest) == 1 and t.origins(picked):
             analysis.use(LOOKUP, t, mapped, picked)
             found = True
-        else:
-            followed.append(follow(t))
+            continue
+        followed.append(follow(t))
+        if many and not t.is_result and t.origins(picked):
+            analysis.use(PICK, t, mapped, picked)
     return make_value(Kind.DATA if found else value.kind, followed)
 
 
@@ -184,6 +193,12 @@ def _drop(analysis: Analysis, value: Value, dropped: Iterable[int]) -> Value:
 
 def _squeeze(analysis: Analysis, eqn: Any, values: list[Value]) -> list[Value]:
     return [_drop(analysis, values[0], eqn.params["dimensions"])]
+
+
+def _stack(analysis: Analysis, eqn: Any, values: list[Value]) -> list[Value]:
+    at = eqn.params["axis"]
+    stacked = [v.map(lambda t: t._replace(dims=(*t.dims[:at], (), *t.dims[at:]))) for v in values]
+    return [join(*stacked)]
 
 
 def _unstack(analysis: Analysis, eqn: Any, values: list[Value]) -> list[Value]:
@@ -266,7 +281,7 @@ def _stay(eqn: Any, values: list[Value], outvar: Any) -> Value:
 
 
 def _scan(analysis: Analysis, eqn: Any, values: list[Value]) -> list[Value]:
-    n_consts, n_carry = scan_counts(eqn.params)
+    n_consts, n_carry = compat.scan_counts(eqn.params)
     consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
     stacks = values[n_consts + n_carry :]
     slices = [
@@ -324,14 +339,14 @@ LINEAR = {
     prims.reduce_precision_p,
     prims.copy_p,
     prims.stop_gradient_p,
-    lax.sharding_constraint_p,
-    lax.optimization_barrier_p,
+    prims.sharding_constraint_p,
+    compat.optimization_barrier_p,
 }
 
 RULES: dict[Any, Rule] = {
     prims.dot_general_p: _dot_general,
     prims.conv_general_dilated_p: _conv_general_dilated,
-    ragged_dot_general_p: _ragged_dot_general,
+    compat.ragged_dot_general_p: _ragged_dot_general,
     prims.gather_p: _gather,
     prims.dynamic_slice_p: _dynamic_slice,
     prims.transpose_p: _transpose,
@@ -343,8 +358,9 @@ RULES: dict[Any, Rule] = {
     prims.while_p: _while,
     prims.cond_p: _cond,
 }
-if hasattr(lax, "unstack_p"):  # before, `jnp.unstack` sliced and squeezed
-    RULES[lax.unstack_p] = _unstack
+if compat.stack_p is not None:
+    RULES[compat.stack_p] = _stack
+    RULES[compat.unstack_p] = _unstack
 
 
 def rule_for(eqn: Any) -> Rule:

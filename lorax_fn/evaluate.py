@@ -45,4 +45,3 @@ def _frozen(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return lax.stop_gradient(jnp.asarray(leaf))
     return leaf
-

@@ -34,7 +34,11 @@ def _of_equation(eqn: Any) -> int:
     inner = [count_flops(jaxpr) for jaxpr in _inner_jaxprs(eqn.params)]
     if eqn.primitive is primitives.cond_p:
         return max(inner)
-    return eqn.params.get("length", 1) * sum(inner) if eqn.primitive is primitives.scan_p else sum(inner)
+    return (
+        eqn.params.get("length", 1) * sum(inner)
+        if eqn.primitive is primitives.scan_p
+        else sum(inner)
+    )
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lorax_fn.adapters import Adapter
-from lorax_fn.errors import DenseWarning, LoraError, StructureError
+from lorax_fn.errors import DenseWarning, LoraError
 from lorax_fn.evaluate import evaluate
 from lorax_fn.init import check_key
 from lorax_fn.interpreter import Event, Weight
@@ -177,6 +176,6 @@ def _placed_like(leaf: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(fn, None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(fn: Callable[..., Any], sharding: Any) -> Callable[..., Any]:
     return jax.jit(fn) if sharding is None else jax.jit(fn, out_shardings=sharding)

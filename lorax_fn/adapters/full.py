@@ -92,4 +92,4 @@ class Frozen(Rule):
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> None:
         """No node."""
-        return None
+        return

@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-import jax.extend.core.primitives as primitives
 import jax.extend.source_info_util as source_info_util
 from jax._src import ad_checkpoint, ad_util as _ad_util, core as _core, shard_map as _shard_map
-from jax._src.lax import lax as _lax
 from jax._src.interpreters import partial_eval as _partial_eval
+from jax._src.lax import lax as _lax
 
 # The primitives that `jax.extend.core.primitives` does not name in every supported version.
 remat_p = ad_checkpoint.remat_p

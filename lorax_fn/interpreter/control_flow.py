@@ -144,8 +144,7 @@ def _same_form(weight: Weight, other: Any) -> bool:
     leaves, treedef = jax.tree.flatten(dataclasses.replace(weight, paths=()))
     other_leaves, other_treedef = jax.tree.flatten(dataclasses.replace(other, paths=()))
     return treedef == other_treedef and all(
-        a.shape == b.shape and a.dtype == b.dtype
-        for a, b in zip(leaves, other_leaves, strict=True)
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(leaves, other_leaves, strict=True)
     )
 
 

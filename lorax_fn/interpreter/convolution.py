@@ -25,30 +25,46 @@ from lorax_fn.interpreter.weight import Term, Weight
 def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
     if isinstance(x, Weight) or eqn.params["batch_group_count"] != 1:
         return NotImplemented
-    out_dim, *summed = eqn.params["dimension_numbers"].rhs_spec
-    if not all(_is_separable(term, out_dim, summed) for term in weight.terms):
+    pairs = [_first_and_second(term, eqn.params, weight.shape) for term in weight.terms]
+    if None in pairs:
         return NotImplemented
     base = compat.bind(eqn, [x, weight.base])
     ctx.factored(weight, eqn)
-    return accumulate(base, [_share(eqn.params, x, weight, term) for term in weight.terms])
+    shares = [
+        _share(eqn.params, x, weight, term, *pair)
+        for term, pair in zip(weight.terms, pairs, strict=True)
+    ]
+    return accumulate(base, shares)
 
 
-def _is_separable(term: Term, out_dim: int, summed: list[int]) -> bool:
-    """Whether one factor spans the output features alone and the other none of them."""
+def _first_and_second(
+    term: Term, params: dict[str, Any], shape: tuple[int, ...]
+) -> tuple[Factor, Factor] | None:
+    """The factor that spans the input features and the window, and the one of the output features.
+
+    None if some dim is on the wrong side; dims of length one are on either.
+    """
+    out_dim, *summed = params["dimension_numbers"].rhs_spec
     first, second = order_factors(term, frozenset(summed))
-    return out_dim not in first.dims and not set(summed) & second.spanned
+    if shape[out_dim] == 1:
+        first = first.squeeze([out_dim])
+    second = second.squeeze([d for d in summed if shape[d] == 1])
+    if out_dim in first.dims or set(summed) & second.spanned:
+        return None
+    missing = [d for d in summed if d not in first.dims]
+    first = first.widen(missing, [shape[d] for d in missing])
+    if out_dim not in second.dims:
+        second = second.widen([out_dim], [shape[out_dim]])
+    return first, second
 
 
-def _share(params: dict[str, Any], x: jax.Array, weight: Weight, term: Term) -> jax.Array:
+def _share(
+    params: dict[str, Any], x: jax.Array, weight: Weight, term: Term, first: Factor, second: Factor
+) -> jax.Array:
     """s · conv(x, first) · second, in the layout of the equation's output."""
     numbers = params["dimension_numbers"]
     groups = params["feature_group_count"]
-    out_dim, *summed = numbers.rhs_spec
-    first, second = order_factors(term, frozenset(summed))
-    missing = [d for d in summed if d not in first.dims]
-    first = first.widen(missing, [weight.shape[d] for d in missing])
-    if out_dim not in second.dims:
-        second = second.widen([out_dim], [weight.shape[out_dim]])
+    out_dim = numbers.rhs_spec[0]
 
     # The thin kernel is laid out as the weight is, with the rank in place of its output features.
     kernel = first.transpose([RANK if d == out_dim else d for d in range(weight.ndim)])
@@ -100,7 +116,7 @@ def _project_groups(
 ) -> jax.Array:
     """thin · second over the rank group by group: a 1×1 convolution with as many groups."""
     numbers = params["dimension_numbers"]
-    out_dim, in_dim, *spatial = numbers.rhs_spec
+    _, in_dim, *spatial = numbers.rhs_spec
     kernel = second.widen(spatial, [1] * len(spatial))  # (1…, r, out)
     kernel = kernel.transpose([RANK if d == in_dim else d for d in range(ndim)])
     ones = (1,) * len(spatial)

@@ -29,12 +29,18 @@ def _on_base(ctx: Context, eqn: Any, weight: Weight) -> Any:
 
 
 def _on_all(ctx: Context, eqn: Any, *operands: Any) -> Any:
-    """What acts alike on arrays of any shape is done to the bases and to every factor."""
+    """What acts alike on arrays of any shape is done to the bases and to every factor in turn."""
+    many = eqn.primitive.multiple_results
     leaves, treedef = jax.tree.flatten(list(operands))
-    if eqn.primitive.multiple_results:
-        return jax.tree.unflatten(treedef, compat.bind(eqn, leaves))
-    (result,) = jax.tree.unflatten(treedef, [compat.bind(eqn, [leaf]) for leaf in leaves])
-    return result
+    results = [compat.bind(eqn, [leaf]) for leaf in leaves]
+    results = jax.tree.unflatten(treedef, [r[0] for r in results] if many else results)
+    return results if many else results[0]
+
+
+def _optimization_barrier(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
+    """One barrier for all operands, as it was."""
+    leaves, treedef = jax.tree.flatten(list(operands))
+    return jax.tree.unflatten(treedef, compat.bind(eqn, leaves))
 
 
 def _sharding_constraint(ctx: Context, eqn: Any, weight: Weight) -> Weight:
@@ -53,10 +59,10 @@ for _primitive in (
 for _primitive in (
     primitives.copy_p,
     compat.stop_gradient_p,
-    compat.optimization_barrier_p,
     compat.pvary_p,
 ):
     RULES[_primitive] = _on_all
+RULES[compat.optimization_barrier_p] = _optimization_barrier
 RULES[primitives.sharding_constraint_p] = _sharding_constraint
 
 
@@ -65,9 +71,7 @@ RULES[primitives.sharding_constraint_p] = _sharding_constraint
 
 
 def _neg(ctx: Context, eqn: Any, weight: Weight) -> Weight:
-    return Weight(
-        compat.bind(eqn, [weight.base]), tuple(map(_negated, weight.terms)), weight.paths
-    )
+    return Weight(compat.bind(eqn, [weight.base]), tuple(map(_negated, weight.terms)), weight.paths)
 
 
 def _negated(term: Term) -> Term:

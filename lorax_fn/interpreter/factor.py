@@ -128,4 +128,3 @@ def labelled_dot(
     )
     free = [d for side in (lhs, rhs) for d in side.dims if d not in shared]
     return Factor(array, (*batch, *free))
-

@@ -109,7 +109,9 @@ def _stacked(
     """The factors joined along dim, made their leading axis; ranks padded, gaps of zeros."""
     form = _leading(form, dim, 1)
     pieces = [
-        _zeros(form, length, rank) if factor is None else _ranked(_leading(factor, dim, length), rank)
+        _zeros(form, length, rank)
+        if factor is None
+        else _ranked(_leading(factor, dim, length), rank)
         for factor, length in zip(factors, lengths, strict=True)
     ]
     return Factor(jnp.concatenate(pieces), form.dims)
@@ -124,7 +126,9 @@ def _ranked(factor: Factor, rank: int) -> jax.Array:
         return factor.array
     missing = rank - factor.length(RANK)
     edges = [(0, missing if d == RANK else 0, 0) for d in factor.dims]
-    return lax.pad(factor.array, jnp.zeros((), factor.array.dtype), edges) if missing else factor.array
+    return (
+        lax.pad(factor.array, jnp.zeros((), factor.array.dtype), edges) if missing else factor.array
+    )
 
 
 def _zeros(form: Factor, length: int, rank: int) -> jax.Array:

@@ -47,7 +47,9 @@ def finish(ctx: Context, eqn: Any, weight: Weight, finished: Sequence[bool]) -> 
     if not done:
         return weight
     ctx.factored(weight, eqn)
-    shares = [term.add_up(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for term in done]
+    shares = [
+        term.add_up(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for term in done
+    ]
     base = accumulate(weight.base, shares)
     rest = tuple(t for t, flag in zip(weight.terms, finished, strict=True) if not flag)
     return Weight(base, rest, weight.paths) if rest else base

@@ -55,7 +55,7 @@ def _dim_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int],
     while i < len(old) or j < len(new):
         run_old, run_new = [], []
         size_old = size_new = 1
-        while not run_old and not run_new or size_old != size_new:
+        while (not run_old and not run_new) or size_old != size_new:
             if j == len(new) or (i < len(old) and size_old <= size_new):
                 size_old *= old[i]
                 run_old.append(i)

@@ -31,6 +31,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.fence import fence
 
 Dims = tuple[int, ...]
 DimensionNumbers = tuple[
@@ -151,9 +152,9 @@ def _cotangent(
         out_sharding=_explicit_sharding(aval, order),
     )
     if order != tuple(range(aval.ndim)):
-        # Without the barrier XLA turns (t @ x)ᵀ into xᵀ @ t and moves the fat x after all.
+        # Without the fence XLA turns (t @ x)ᵀ into xᵀ @ t and moves the fat x after all.
         inverse = tuple(order.index(d) for d in range(aval.ndim))
-        out = lax.transpose(lax.optimization_barrier(out), inverse)
+        out = lax.transpose(out if batch else fence(out), inverse)
     return lax.convert_element_type(out, aval.dtype)
 
 
