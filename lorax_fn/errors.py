@@ -13,11 +13,11 @@ class TargetError(LoraError):
 
 
 class AxesError(LoraError):
-    """It is unknown, or impossible, which dims of a weight are contracted and which are output."""
+    """Which dims of a weight are contracted and which are output is unknown, or does not fit."""
 
 
 class StructureError(LoraError):
-    """Factors, params and function do not belong together: structure, shape, dtype or order differ."""
+    """Factors, params and function do not fit together, in structure, shape, dtype or order."""
 
 
 class AdapterFileError(LoraError):

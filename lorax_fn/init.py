@@ -87,7 +87,7 @@ def check_key(key: Any, name: str) -> jax.Array:
 def _axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:
     if axes is None:
         return {}
-    treedef = jax.tree.structure(params)
+    treedef: Any = jax.tree.structure(params)
     try:
         flat = treedef.flatten_up_to(axes)
     except (ValueError, TypeError) as e:
@@ -95,10 +95,10 @@ def _axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:
             f"axes are not parallel to params: {e}. Wanted what "
             "lora.infer_axes(apply_fn, params, *args) returns for these params."
         ) from e
-    for (path, _), entry in zip(leaves_with_paths(params), flat, strict=True):
+    by_path = {path: a for (path, _), a in zip(leaves_with_paths(params), flat, strict=True)}
+    for path, entry in by_path.items():
         if not isinstance(entry, Axes | None):
             raise StructureError(
                 f"axes hold {entry!r} at {path!r}; wanted lora.Axes or None at every leaf."
             )
-    paths = [path for path, _ in leaves_with_paths(params)]
-    return {path: entry for path, entry in zip(paths, flat, strict=True) if entry is not None}
+    return {path: entry for path, entry in by_path.items() if entry is not None}

@@ -27,8 +27,9 @@ def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None
             "Wanted (params, factors, …)."
         )
     leaves = leaves_with_paths(params)
+    treedef: Any = jax.tree.structure(params)
     try:
-        nodes = jax.tree.structure(params).flatten_up_to(factors)
+        nodes = treedef.flatten_up_to(factors)
     except (ValueError, TypeError) as e:
         raise StructureError(
             f"factors are not parallel to params: {e}. Wanted what lora.init made for these "

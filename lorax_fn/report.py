@@ -150,7 +150,10 @@ def _evaluated(apply_fn: Callable[..., Any], events: dict[Event, None]) -> Calla
 
     def run(trees: tuple[Pytree, Pytree], *args: Any, **kwargs: Any) -> Any:
         params, factors = trees
-        note = lambda event: events.setdefault(event)  # noqa: E731
+
+        def note(event: Event) -> None:
+            events[event] = None
+
         return evaluate(apply_fn, params, factors, args, kwargs, key=None, on_event=note)
 
     return run

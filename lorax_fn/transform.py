@@ -145,7 +145,7 @@ def unmerge(params: Pytree, factors: Pytree) -> Pytree:
         StructureError: if factors do not belong to params.
     """
 
-    def unmerged(path: str, leaf: Any, adapter: Adapter) -> jax.Array:
+    def unmerged(_: str, leaf: Any, adapter: Adapter) -> jax.Array:
         return _placed_like(leaf, _unmerged)(leaf, adapter)
 
     return _map_adapted(unmerged, params, factors)

@@ -27,7 +27,7 @@ class FullDelta(Adapter):
 
     kind: ClassVar[str] = "Full"
 
-    delta: jax.Array
+    delta: Any
 
     def check(self, path: str, leaf: Any) -> None:
         """Raises `StructureError` unless delta has the leaf's shape."""

@@ -39,8 +39,8 @@ class LoRAFactors(Adapter):
 
     kind: ClassVar[str] = "LoRA"
 
-    a: jax.Array
-    b: jax.Array
+    a: Any
+    b: Any
     scale: float = _static()
     axes: Axes = _static()
     dropout: float = _static()
@@ -81,7 +81,7 @@ class LoRAFactors(Adapter):
         batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
         keys = None
         if key is not None and self.dropout > 0.0:
-            keys = Factor(jax.random.split(key, [shape[d] for d in batch]), batch)
+            keys = Factor(jax.random.split(key, tuple(shape[d] for d in batch)), batch)
         a = Factor(self.a, (*batch, *contract, RANK))
         b = Factor(self.b, (*batch, RANK, *out))
         return Term(a, b, keys, self.scale, self.dropout)

@@ -126,7 +126,7 @@ def shard_map_options(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def unify_varying_axes(*operands: Any) -> list[Any]:
-    """Inside `shard_map`, marks every operand as varying over the axes that any of them varies over.
+    """Inside `shard_map`, marks all operands as varying over the axes that any one varies over.
 
     `lax`'s functions do this before they bind a primitive; a primitive bound directly does not.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,10 @@ from jax import lax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
-from lorax_fn.interpreter.factor import Factor, labelled_dot
+from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
-Label = Hashable
 Dot = Callable[..., Factor]
 
 

@@ -27,9 +27,9 @@ from lorax_fn.interpreter.weight import Weight, leading_slices, stack_leading
 def _jit(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     """Interpreted in place, so that a symbolic weight can come back out."""
     params = eqn.params
-    operands = map(_constrained, operands, params["in_shardings"])
+    placed = list(map(_constrained, operands, params["in_shardings"]))
     with jax.named_scope(f"jit({params['name']})"):
-        results = interpret(ctx, params["jaxpr"], list(operands))
+        results = interpret(ctx, params["jaxpr"], placed)
     return list(map(_constrained, results, params["out_shardings"]))
 
 
@@ -81,7 +81,7 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
         results = interpret(ctx, eqn.params["jaxpr"], [*consts, *carry, *rebuild(slices)])
         return results[:n_carry], results[n_carry:]
 
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    one = jax.tree.map(_abstract_slice, xs)
     carry = _stable_carry(ctx, eqn, lambda c: step(c, one)[0], carry)
 
     def stable_step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
@@ -90,6 +90,13 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
 
     carry, ys = lax.scan(stable_step, carry, xs, **compat.scan_options(eqn.params))
     return [*carry, *(stack_leading(y) if isinstance(y, Weight) else y for y in ys)]
+
+
+def _abstract_slice(x: Any) -> Any:
+    """What the body sees of x."""
+    if x.shape[0] == 0:
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return jax.eval_shape(lambda x: lax.index_in_dim(x, 0, keepdims=False), x)
 
 
 def _split_xs(xs: Sequence[Any]) -> tuple[list[list[Any]], Callable[[Any], list[Any]]]:
@@ -141,11 +148,12 @@ def _same_form(weight: Weight, other: Any) -> bool:
     """Whether two values have the same structure, shapes and dtypes, whatever their paths."""
     if not isinstance(other, Weight):
         return False
+    return bool(_form(weight) == _form(other))
+
+
+def _form(weight: Weight) -> Any:
     leaves, treedef = jax.tree.flatten(dataclasses.replace(weight, paths=()))
-    other_leaves, other_treedef = jax.tree.flatten(dataclasses.replace(other, paths=()))
-    return treedef == other_treedef and all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(leaves, other_leaves, strict=True)
-    )
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _like(ctx: Context, eqn: Any, values: list[Any], carry: list[Any]) -> list[Any]:
@@ -217,7 +225,7 @@ def _shard_map(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     )(*leaves)
 
 
-def _specs(operand: Any, spec: PartitionSpec) -> list[PartitionSpec]:
+def _specs(operand: Any, spec: Any) -> list[PartitionSpec]:
     """A spec for every array of the operand, in flatten order."""
     if not isinstance(operand, Weight):
         return [spec]

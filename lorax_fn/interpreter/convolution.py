@@ -25,16 +25,14 @@ from lorax_fn.interpreter.weight import Term, Weight
 def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
     if isinstance(x, Weight) or eqn.params["batch_group_count"] != 1:
         return NotImplemented
-    pairs = [_first_and_second(term, eqn.params, weight.shape) for term in weight.terms]
-    if None in pairs:
-        return NotImplemented
-    base = compat.bind(eqn, [x, weight.base])
+    shares = []
+    for term in weight.terms:
+        pair = _first_and_second(term, eqn.params, weight.shape)
+        if pair is None:
+            return NotImplemented
+        shares.append(_share(eqn.params, x, weight, term, *pair))
     ctx.factored(weight, eqn)
-    shares = [
-        _share(eqn.params, x, weight, term, *pair)
-        for term, pair in zip(weight.terms, pairs, strict=True)
-    ]
-    return accumulate(base, shares)
+    return accumulate(compat.bind(eqn, [x, weight.base]), shares)
 
 
 def _first_and_second(
@@ -67,10 +65,10 @@ def _share(
     out_dim = numbers.rhs_spec[0]
 
     # The thin kernel is laid out as the weight is, with the rank in place of its output features.
-    kernel = first.transpose([RANK if d == out_dim else d for d in range(weight.ndim)])
-    kernel = _per_group(kernel.astype(weight.dtype).array, out_dim, groups)
+    layout = [RANK if d == out_dim else d for d in range(weight.ndim)]
+    kernel = _per_group(first.transpose(layout).astype(weight.dtype).array, out_dim, groups)
     x_dims = tuple(("x", axis) for axis in range(x.ndim))
-    thin = lax.conv_general_dilated(
+    convolved = lax.conv_general_dilated(
         drop(Factor(x, x_dims), term).array,
         kernel,
         params["window_strides"],
@@ -82,8 +80,8 @@ def _share(
         precision=params["precision"],
     )  # the output's layout, groups·r features
     feature = numbers.out_spec[1]
-    labels = tuple(RANK if axis == feature else ("y", axis) for axis in range(thin.ndim))
-    thin, second = scale_smaller(term.scale, Factor(thin, labels), second)
+    labels = tuple(RANK if axis == feature else ("y", axis) for axis in range(x.ndim))
+    thin, second = scale_smaller(term.scale, Factor(convolved, labels), second)
     second = second.astype(weight.dtype)
     if groups == 1:
         return _project(thin, second, feature, params)

@@ -69,14 +69,17 @@ def _pad(ctx: Context, eqn: Any, weight: Any, value: Any) -> Any:
         return NotImplemented
     config = eqn.params["padding_config"]
     base = compat.bind(eqn, [weight.base, value])
-    # The padding belongs to the base; the terms are padded with zeros, along one factor at least.
-    padded = [d for d, edges in enumerate(config) if tuple(edges) != (0, 0, 0)]
-    terms = tuple(padded(term, config, padded, weight.shape) for term in weight.terms)
+    dims = [d for d, edges in enumerate(config) if tuple(edges) != (0, 0, 0)]
+    terms = tuple(pad_term(term, config, dims, weight.shape) for term in weight.terms)
     return Weight(base, terms, weight.paths)
 
 
-def padded(term: Term, config: Sequence, padded: Sequence[int], shape: Sequence[int]) -> Term:
-    loose = [d for d in padded if d not in term.a.dims and d not in term.b.dims]
+def pad_term(term: Term, config: Sequence, dims: Sequence[int], shape: Sequence[int]) -> Term:
+    """Pads a term with zeros along `dims`, by padding those of its factors that span them.
+
+    Whatever value the base is padded with belongs to the base alone.
+    """
+    loose = [d for d in dims if d not in term.a.dims and d not in term.b.dims]
     a = term.a.widen(loose, [shape[d] for d in loose])
 
     def pad(factor: Factor) -> Factor:
@@ -84,7 +87,7 @@ def padded(term: Term, config: Sequence, padded: Sequence[int], shape: Sequence[
         return factor.with_array(lax.pad(factor.array, jnp.zeros((), factor.array.dtype), edges))
 
     keys = term.keys
-    if keys is not None and set(padded) & keys.spanned:  # a key has no zero to pad with
+    if keys is not None and set(dims) & keys.spanned:  # a key has no zero to pad with
         keys = Factor(keys.array.reshape(-1)[0], ())
     return dataclasses.replace(term, a=pad(a), b=pad(term.b), keys=keys)
 

@@ -98,10 +98,11 @@ def _rescaled(eqn: Any, lhs: Any, rhs: Any, op: Callable) -> Any:
     by = jnp.asarray(by)
     varying = [d for d in range(by.ndim) if by.shape[d] != 1]
     vector = Factor(by.reshape([by.shape[d] for d in varying]), tuple(varying))
-    terms = [_rescaled_term(term, vector, weight.shape, op) for term in weight.terms]
-    if None in terms:
+    rescaled = [_rescaled_term(term, vector, weight.shape, op) for term in weight.terms]
+    terms = tuple(term for term in rescaled if term is not None)
+    if len(terms) < len(rescaled):
         return NotImplemented
-    return Weight(compat.bind(eqn, bases([lhs, rhs])), tuple(terms), weight.paths)
+    return Weight(compat.bind(eqn, bases([lhs, rhs])), terms, weight.paths)
 
 
 def _rescaled_term(term: Term, vector: Factor, shape: tuple[int, ...], op: Callable) -> Term | None:

@@ -14,13 +14,17 @@ that its dims name, and leaves a factor alone that does not span them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 from jax import lax
 from jax.typing import DTypeLike
 
 from lorax_fn.interpreter.thin_dot import thin_dot
+
+Label = Any
+"""A dim of the weight (an int), or whatever names a dim of the data it meets."""
 
 RANK = -1
 """The label of the axis that A and B share and that their product sums over."""
@@ -31,30 +35,30 @@ RANK = -1
 class Factor:
     """An array whose axis i spans dim `dims[i]` of the weight (or is the rank axis)."""
 
-    array: jax.Array
-    dims: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True})
+    array: Any
+    dims: tuple[Label, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def spanned(self) -> frozenset[Hashable]:
+    def spanned(self) -> frozenset[Label]:
         """The weight's dims that the factor spans."""
         return frozenset(self.dims) - {RANK}
 
-    def axes(self, dims: Sequence[Hashable]) -> tuple[int, ...]:
+    def axes(self, dims: Sequence[Label]) -> tuple[int, ...]:
         """The axes that span `dims`."""
         return tuple(self.dims.index(d) for d in dims)
 
-    def length(self, dim: Hashable) -> int:
+    def length(self, dim: Label) -> int:
         """The length of the axis that spans `dim`."""
         return self.array.shape[self.dims.index(dim)]
 
-    def size(self, dims: Collection[Hashable]) -> int:
+    def size(self, dims: Collection[Label]) -> int:
         """The product of the lengths of those of `dims` that the factor spans."""
         product = 1
         for dim, length in zip(self.dims, self.array.shape, strict=True):
             product *= length if dim in dims else 1
         return product
 
-    def with_array(self, array: jax.Array) -> Factor:
+    def with_array(self, array: Any) -> Factor:
         """The same labels on another array."""
         return Factor(array, self.dims)
 
@@ -62,28 +66,28 @@ class Factor:
         """The same factor in another dtype."""
         return self.with_array(self.array.astype(dtype))
 
-    def relabel(self, rename: Callable[[int], Hashable]) -> Factor:
+    def relabel(self, rename: Callable[[int], Label]) -> Factor:
         """The same array, for a weight whose dim d is now called `rename(d)`."""
         return Factor(self.array, tuple(d if d == RANK else rename(d) for d in self.dims))
 
-    def transpose(self, dims: Sequence[Hashable]) -> Factor:
+    def transpose(self, dims: Sequence[Label]) -> Factor:
         """The same factor, its axes in the order of `dims`."""
         if tuple(dims) == self.dims:
             return self
         return Factor(lax.transpose(self.array, self.axes(dims)), tuple(dims))
 
-    def lead_with(self, dim: Hashable) -> Factor:
+    def lead_with(self, dim: Label) -> Factor:
         """The same factor, the axis that spans `dim` moved to the front."""
         return self.transpose((dim, *(d for d in self.dims if d != dim)))
 
-    def squeeze(self, dims: Collection[Hashable]) -> Factor:
+    def squeeze(self, dims: Collection[Label]) -> Factor:
         """Drops those of `dims` that the factor spans; their length must be one."""
         axes = [axis for axis, d in enumerate(self.dims) if d in dims]
         if not axes:
             return self
         return Factor(lax.squeeze(self.array, axes), tuple(d for d in self.dims if d not in dims))
 
-    def widen(self, dims: Sequence[Hashable], lengths: Sequence[int]) -> Factor:
+    def widen(self, dims: Sequence[Label], lengths: Sequence[int]) -> Factor:
         """Spans the new `dims` too, by broadcasting along them."""
         if not dims:
             return self
@@ -91,7 +95,7 @@ class Factor:
         axes = tuple(range(len(dims), len(shape)))
         return Factor(lax.broadcast_in_dim(self.array, shape, axes), (*dims, *self.dims))
 
-    def per_axis(self, values: Sequence, rank: Callable[[int], object]) -> list:
+    def per_axis(self, values: Sequence[Any], rank: Callable[[int], Any]) -> list[Any]:
         """Picks from per-dim `values` those of the factor's axes; `rank(r)` gives the rank's."""
         return [
             rank(length) if d == RANK else values[d]
@@ -102,7 +106,7 @@ class Factor:
 def labelled_dot(
     lhs: Factor,
     rhs: Factor,
-    keep: Sequence[Hashable],
+    keep: Sequence[Label],
     *,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,

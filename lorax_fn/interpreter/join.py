@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter import compat
-from lorax_fn.interpreter.cuts import padded
+from lorax_fn.interpreter.cuts import pad_term
 from lorax_fn.interpreter.factor import RANK, Factor
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, bases
@@ -61,7 +61,7 @@ def _padded_terms(base: Any, operands: Sequence[Any], dim: int) -> tuple[Term, .
         after = base.shape[dim] - before - operand.shape[dim]
         if isinstance(operand, Weight):
             config = [(before, after, 0) if d == dim else (0, 0, 0) for d in range(base.ndim)]
-            terms += [padded(term, config, [dim], operand.shape) for term in operand.terms]
+            terms += [pad_term(term, config, [dim], operand.shape) for term in operand.terms]
         before += operand.shape[dim]
     return tuple(terms)
 
@@ -92,9 +92,10 @@ def _stacked_term(operands: Sequence[Any], model: Weight, dim: int) -> Term:
     # The scales may differ from layer to layer: they go into B.
     return dataclasses.replace(
         form,
-        a=_stacked([t and t.a for t in terms], form.a, dim, lengths, rank),
-        b=_stacked([t and _scaled(t) for t in terms], form.b, dim, lengths, rank),
-        keys=form.keys and _stacked([t and t.keys for t in terms], form.keys, dim, lengths, rank),
+        a=_stacked([t.a if t else None for t in terms], form.a, dim, lengths, rank),
+        b=_stacked([_scaled(t) if t else None for t in terms], form.b, dim, lengths, rank),
+        keys=form.keys
+        and _stacked([t.keys if t else None for t in terms], form.keys, dim, lengths, rank),
         scale=1.0,
     )
 

@@ -53,7 +53,8 @@ def _dim_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int],
     """The finest pairing of runs of old dims with runs of new dims of equal size."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        run_old, run_new = [], []
+        run_old: list[int] = []
+        run_new: list[int] = []
         size_old = size_new = 1
         while (not run_old and not run_new) or size_old != size_new:
             if j == len(new) or (i < len(old) and size_old <= size_new):

@@ -19,7 +19,7 @@ from jax import lax
 from lorax_fn.interpreter.factor import Factor, labelled_dot
 
 
-def _static():
+def _static() -> Any:
     return dataclasses.field(metadata={"static": True})
 
 
