@@ -12,6 +12,7 @@ from jax import lax
 from lorax_fn.adapters.base import Adapter, Rule
 from lorax_fn.axes import Axes
 from lorax_fn.errors import StructureError, TargetError
+from lorax_fn.interpreter.weight import wide_dtype
 from lorax_fn.targets import Targets
 
 
@@ -74,7 +75,10 @@ class Full(Rule):
             raise TargetError(
                 f"{path!r} has dtype {leaf.dtype}, which has no gradient. Exclude the leaf."
             )
-        return FullDelta(jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)))
+        is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        return FullDelta(
+            jnp.zeros(leaf.shape, leaf.dtype if is_complex else wide_dtype(leaf.dtype))
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import jax.extend.core.primitives as primitives
-import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
 from lorax_fn.interpreter.rule import RULES, Context
-from lorax_fn.interpreter.weight import Term, Weight
+from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
 
 Dot = Callable[..., Factor]
 
@@ -85,7 +84,7 @@ def scale_smaller(scale: float, thin: Factor, second: Factor) -> tuple[Factor, F
 
 def accumulate(base: jax.Array, shares: Sequence[jax.Array]) -> jax.Array:
     """Adds the terms' shares onto the base's result, in float32 or wider, and casts once."""
-    wide = jnp.promote_types(base.dtype, jnp.float32)
+    wide = wide_dtype(base.dtype)
     total = base.astype(wide)
     for share in shares:
         total = total + share.astype(wide)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter import compat
-from lorax_fn.interpreter.contractions import accumulate
 from lorax_fn.interpreter.factor import RANK, Factor
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
@@ -47,10 +46,7 @@ def finish(ctx: Context, eqn: Any, weight: Weight, finished: Sequence[bool]) -> 
     if not done:
         return weight
     ctx.factored(weight, eqn)
-    shares = [
-        term.add_up(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for term in done
-    ]
-    base = accumulate(weight.base, shares)
+    base = dataclasses.replace(weight, terms=tuple(done)).add_up()
     rest = tuple(t for t, flag in zip(weight.terms, finished, strict=True) if not flag)
     return Weight(base, rest, weight.paths) if rest else base
 

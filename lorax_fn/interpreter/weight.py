@@ -19,6 +19,11 @@ from jax import lax
 from lorax_fn.interpreter.factor import Factor, labelled_dot
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which sums are formed: float32, or a wider one if that is what is summed."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
 def _static() -> Any:
     return dataclasses.field(metadata={"static": True})
 
@@ -93,7 +98,7 @@ class Weight:
 
     def add_up(self) -> jax.Array:
         """The sum as one array, formed in float32 or wider and cast once to `dtype`."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = wide_dtype(self.dtype)
         total = self.base.astype(wide)
         for term in self.terms:
             total = total + term.add_up(self.shape, wide)
