@@ -56,7 +56,7 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 def source_line(eqn: Any) -> str:
     """Where in the user's code the equation was traced, as `file:line (function)`."""
-    return source_info_util.summarize(eqn.source_info)
+    return source_info_util.summarize(eqn.source_info) or "an unknown line"
 
 
 def prune(closed: Any) -> Any:
