@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_fn.errors import StructureError
 from lorax_fn.init import fold_path
 from lorax_fn.interpreter import Context, Event, compat, interpret
 from lorax_fn.pairing import pair
@@ -30,6 +31,8 @@ def evaluate(
     """Returns what `apply_fn(params, *args, **kwargs)` returns with the adapted weights in it."""
     pairs = pair(params, factors)
     traced = trace(apply_fn, params, args, kwargs)
+    jaxpr = compat.prune(traced.jaxpr)
+    _check_used(jaxpr, len(traced.param_leaves))
     ctx = Context(on_event)
     weights = []
     for slot, leaf in zip(traced.param_slots, traced.param_leaves, strict=True):
@@ -37,8 +40,19 @@ def evaluate(
         frozen = _frozen(leaf)
         own_key = None if key is None else fold_path(key, path)
         weights.append(frozen if adapter is None else adapter.adapt(frozen, path, own_key))
-    results = interpret(ctx, compat.prune(traced.jaxpr), [*weights, *traced.arg_leaves])
+    results = interpret(ctx, jaxpr, [*weights, *traced.arg_leaves])
     return traced.rebuild([ctx.returned(result) for result in results])
+
+
+def _check_used(jaxpr: Any, n_params: int) -> None:
+    """Raises `StructureError` if the function reads no leaf of params at all."""
+    jaxpr, _ = compat.open_jaxpr(jaxpr)
+    read = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars} | set(map(id, jaxpr.outvars))
+    if not any(id(var) in read for var in jaxpr.invars[:n_params]):
+        raise StructureError(
+            "apply_fn ignores its first argument, so adapters have no effect; wanted a function of "
+            "params: apply_fn(params, *args)."
+        )
 
 
 def _frozen(leaf: Any) -> Any:

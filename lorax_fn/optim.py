@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lorax_fn.adapters import is_adapter
+from lorax_fn.errors import LoraError
 
 Pytree = Any
 
@@ -39,7 +40,7 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     Returns:
         A transformation for factors alone or for any tree that holds adapter nodes, as the params
         of a `TrainState` may. Adapters are updated by `tx`; everything else gets zero updates and
-        takes no optimiser memory.
+        takes no optimiser memory. Its `init` raises `LoraError` for a tree without adapters.
 
     >>> import jax, jax.numpy as jnp, optax, lorax_fn as lora
     >>> params = {"w": jnp.ones((300, 200))}
@@ -48,9 +49,19 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     >>> sum(leaf.size for leaf in jax.tree.leaves(state))  # two moments of 300 + 200, a count
     1001
     """
-    return optax.chain(
+    masked = optax.chain(
         optax.masked(tx, trainable_mask), optax.masked(optax.set_to_zero(), _frozen_mask)
     )
+
+    def init(tree: Pytree) -> Any:
+        if not any(map(is_adapter, jax.tree.leaves(tree, is_leaf=is_adapter))):
+            raise LoraError(
+                "the tree to optimise holds no adapter node, so nothing would be trained; wanted "
+                "the factors that lora.init made, or a tree that holds them."
+            )
+        return masked.init(tree)
+
+    return optax.GradientTransformationExtraArgs(init, masked.update)
 
 
 def _frozen_mask(tree: Pytree) -> Pytree:

@@ -32,13 +32,26 @@ def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None
         nodes = treedef.flatten_up_to(factors)
     except (ValueError, TypeError) as e:
         raise StructureError(
-            f"factors are not parallel to params: {e}. Wanted what lora.init made for these "
-            "params, the first argument of the function."
+            f"factors are not parallel to params: {_difference(params, factors)}. Wanted what "
+            "lora.init made for these params, the first argument of the function."
         ) from e
     pairs = [(path, leaf, node) for (path, leaf), node in zip(leaves, nodes, strict=True)]
     for path, leaf, node in pairs:
         _check(path, leaf, node)
     return pairs
+
+
+def _difference(params: Pytree, factors: Pytree) -> str:
+    """Where two trees part: a path that one has and the other lacks, or their kinds of node."""
+    wanted = {path for path, _ in leaves_with_paths(params)}
+    nodes = leaves_with_paths(factors, is_leaf=lambda node: node is None or is_adapter(node))
+    for path, node in nodes:
+        if path not in wanted:
+            return f"factors hold {_brief(node)} at {path!r}, where params have no leaf"
+    missing = wanted - {path for path, _ in nodes}
+    if missing:
+        return f"params have a leaf at {min(missing)!r}, which factors lack"
+    return f"params are {_brief(params)}, factors {_brief(factors)}, or so within"
 
 
 def _check(path: str, leaf: Any, node: Any) -> None:
@@ -57,4 +70,4 @@ def _check(path: str, leaf: Any, node: Any) -> None:
 def _brief(value: Any) -> str:
     if is_array(value):
         return f"an array {value.dtype}{list(value.shape)}"
-    return f"a {type(value).__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -37,7 +37,7 @@ def assign_rules(params: Pytree, rules: Rule | Iterable[Rule]) -> dict[str, Rule
 
 
 def _checked(rules: Rule | Iterable[Rule]) -> list[Rule]:
-    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    rules = [rules] if isinstance(rules, Rule | str) else list(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TargetError(

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.extend import core as jax_core
 
+from lorax_fn.errors import StructureError
+
 Pytree = Any
 
 _TRACED = (np.number, np.bool_, jax.dtypes.extended)
@@ -59,7 +61,8 @@ def trace(
     """Traces `apply_fn(params, *args, **kwargs)` without computing anything.
 
     Arrays may be abstract (`jax.ShapeDtypeStruct`); weak types are kept. Whatever `apply_fn` raises
-    while it is traced comes through unchanged. Costs one Python run of `apply_fn`.
+    while it is traced comes through unchanged, unless it would trace with params second: then a
+    `StructureError` says so. Costs one Python run of `apply_fn`.
 
     >>> import jax.numpy as jnp
     >>> t = trace(lambda w, x, on: (x @ w, on), jnp.ones((2, 3)), (jnp.ones(2), True), {})
@@ -78,9 +81,40 @@ def trace(
         fill_outputs.append(fill)
         return computed
 
-    jaxpr = jax.make_jaxpr(flat)(*param_leaves, *arg_leaves)
-    # `flat` has run just once: it is new, so no cache of traces knows it.
-    return Traced(jaxpr, param_leaves, param_slots, arg_leaves, fill_outputs[-1])
+    try:
+        jaxpr = jax.make_jaxpr(flat)(*param_leaves, *arg_leaves)
+    except _MISUSE as e:
+        if _takes_params_second(apply_fn, params, args, kwargs):
+            raise StructureError(
+                "apply_fn(params, x, …) fails, and apply_fn(x, params, …) traces: either the call "
+                "has its arguments in the wrong order, or apply_fn takes params second. Wanted "
+                "params first: pass lambda params, x, *rest: apply_fn(x, params, *rest)."
+            ) from e
+        raise
+    return Traced(jaxpr, param_leaves, param_slots, arg_leaves, fill_outputs[0])
+
+
+# What a function raises that is given an array for a dict or the other way round.
+_MISUSE = (TypeError, ValueError, AttributeError, KeyError, IndexError)
+
+
+def _takes_params_second(
+    apply_fn: Callable[..., Pytree], params: Pytree, args: Sequence[Any], kwargs: dict[str, Any]
+) -> bool:
+    """Whether the function traces with its first two arguments exchanged."""
+    if not args:
+        return False
+    arrays, _, fill = _partition((args[0], params, tuple(args[1:]), dict(kwargs)), is_array)
+
+    def exchanged(*arrays: Any) -> None:
+        first, second, rest, kwargs = fill(arrays)
+        apply_fn(first, second, *rest, **kwargs)
+
+    try:
+        jax.make_jaxpr(exchanged)(*arrays)
+    except _MISUSE:
+        return False
+    return True
 
 
 def _partition(

@@ -31,11 +31,13 @@ class FullDelta(Adapter):
     delta: Any
 
     def check(self, path: str, leaf: Any) -> None:
-        """Raises `StructureError` unless delta has the leaf's shape."""
-        if self.delta.shape != leaf.shape:
+        """Raises `StructureError` unless the leaf is floating and of delta's shape."""
+        fits = self.delta.shape == leaf.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if not fits:
             raise StructureError(
-                f"factors at {path!r} have delta{list(self.delta.shape)}, the leaf has shape "
-                f"{list(leaf.shape)}. Were they made for these params? Call lora.init again."
+                f"factors at {path!r} have delta {self.delta.dtype}{list(self.delta.shape)}, the "
+                f"leaf is {leaf.dtype}{list(leaf.shape)}. Were they made for these params? Call "
+                "lora.init again."
             )
 
     def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> jax.Array:

@@ -52,6 +52,12 @@ class LoRAFactors(Adapter):
 
     def check(self, path: str, leaf: Any) -> None:
         """Raises `StructureError` unless a and b have the shapes that the leaf's shape demands."""
+        for name, array in (("the weight", leaf), ("a", self.a), ("b", self.b)):
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise StructureError(
+                    f"at {path!r} {name} has dtype {array.dtype}; wanted a floating one. Were the "
+                    "factors made for these params? Call lora.init on them again."
+                )
         if leaf.ndim == self.axes.ndim:
             batch, contract, out = _split_shape(leaf.shape, self.axes)
             wanted = (*batch, *contract, self.rank), (*batch, self.rank, *out)
