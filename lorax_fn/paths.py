@@ -1,10 +1,10 @@
 """Names of the leaves of a pytree: key paths as "/"-joined strings.
 
 Every place that names a leaf (rules, errors, reports, files) takes the name from here. An NNX
-variable keeps its array in an attribute `value`, which is no part of the name: the kernel of
-`model.attn.query` is "attn/query/kernel" in Linen and NNX alike. Only the tree tells such an
-attribute from a field that a module happens to call `value`, so prefer `leaves_with_paths` and
-`map_with_paths` to `path_str` on a bare key path.
+variable and a Linen box of sharding metadata (`nn.Partitioned`) keep their array in an attribute
+`value`, which is no part of the name: the kernel of `model.attn.query` is "attn/query/kernel" in
+all of them. Only the tree tells such an attribute from a field that a module happens to call
+`value`, so prefer `leaves_with_paths` and `map_with_paths` to `path_str` on a bare key path.
 """
 
 from __future__ import annotations
@@ -60,10 +60,8 @@ def _flatten(
     tree: Pytree, is_leaf: Callable[[Any], bool] | None
 ) -> tuple[list[str], list[Any], Any]:
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    inside_variable = (
-        _variable_key_paths(tree) if any(map(_ends_in_value, (k for k, _ in keyed))) else set()
-    )
-    paths = [path_str(k[:-1] if k and k[:-1] in inside_variable else k) for k, _ in keyed]
+    inside_box = _box_key_paths(tree) if any(map(_ends_in_value, (k for k, _ in keyed))) else set()
+    paths = [path_str(k[:-1] if k and k[:-1] in inside_box else k) for k, _ in keyed]
     return paths, [leaf for _, leaf in keyed], treedef
 
 
@@ -71,17 +69,23 @@ def _ends_in_value(key_path: Sequence[Any]) -> bool:
     return bool(key_path) and key_path[-1] in (GetAttrKey("value"), GetAttrKey("raw_value"))
 
 
-def _variable_key_paths(tree: Pytree) -> set[tuple[Any, ...]]:
-    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
-    return {key_path for key_path, node in keyed if _is_variable(node)}
+def _box_key_paths(tree: Pytree) -> set[tuple[Any, ...]]:
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    return {key_path for key_path, node in keyed if _is_box(node)}
 
 
-def _is_variable(node: Any) -> bool:
-    """Whether `node` is an NNX variable (`VariableState` before Flax 0.12); imports no NNX."""
+def _is_box(node: Any) -> bool:
+    """Whether `node` is an NNX variable or Linen's metadata around an array; imports neither."""
     return any(
-        cls.__name__ in ("Variable", "VariableState") and cls.__module__.startswith("flax.nnx")
-        for cls in type(node).__mro__
+        (cls.__module__.split(".")[:2], cls.__name__) in _BOXES for cls in type(node).__mro__
     )
+
+
+_BOXES = (
+    (["flax", "nnx"], "Variable"),
+    (["flax", "nnx"], "VariableState"),  # before Flax 0.12
+    (["flax", "core"], "AxisMetadata"),
+)
 
 
 def _entry_str(entry: Any) -> str:

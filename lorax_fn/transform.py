@@ -85,6 +85,8 @@ def wrap(
 
 
 def _added_up(event: Event) -> str:
+    if event.primitive == "return":
+        return f"{event.path!r} is returned by apply_fn: the weight is added up as W + s·A·B."
     return (
         f"{event.path!r} meets {event.primitive} at {event.source}, which has no factored form: "
         "the weight is added up there as W + s·A·B."

@@ -112,7 +112,7 @@ def test_a_returned_weight_is_added_up_and_said_so(net):
     def leaks(params, x):
         return params["params"]["up"]["kernel"]
 
-    with pytest.warns(lora.DenseWarning, match="'params/up/kernel' meets return"):
+    with pytest.warns(lora.DenseWarning, match="'params/up/kernel' is returned"):
         leaked = lora.wrap(leaks)(params, factors, x)
     np.testing.assert_allclose(
         leaked, lora.merge(params, factors)["params"]["up"]["kernel"], rtol=1e-6
