@@ -1,0 +1,107 @@
+"""shard_map over eight devices: the weight replicated, or cut along any of its roles."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from tests.battery.case import F, OneOf, OpCase, W
+
+# Plain JAX cannot nest a second mesh over the same devices.
+NO_PMAP = frozenset({"pmap"})
+
+
+def sharded_case(name, body, reference, weight, x, *, w_spec, x_spec, out_spec, **kwargs):
+    """`body(w, x)` sees one shard of each; `mesh` has all eight devices on one axis, "d"."""
+
+    def fn(p, inputs):
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=out_spec)
+        return mapped(p["w"], inputs["x"])
+
+    return OpCase(
+        name=f"shard_map/{name}",
+        weights={"w": weight},
+        inputs={"x": x},
+        fn=fn,
+        reference=lambda p, inputs: reference(p["w"], inputs["x"]),
+        without=NO_PMAP,
+        **kwargs,
+    )
+
+
+def matmul(w, x):
+    return x @ w
+
+
+def partial_sum(w, x):
+    return lax.psum(x @ w, "d")
+
+
+CASES = [
+    sharded_case(
+        "replicated",
+        matmul,
+        lambda w, x: x @ w,
+        W("co", 7, 5),
+        F(16, 7),
+        w_spec=P(),
+        x_spec=P("d"),
+        out_spec=P("d"),
+    ),
+    sharded_case(
+        "on_contract",
+        partial_sum,
+        lambda w, x: x @ w,
+        W("co", 32, 7),
+        F(3, 32),
+        w_spec=P("d", None),
+        x_spec=P(None, "d"),
+        out_spec=P(),
+    ),
+    sharded_case(
+        "on_out",
+        matmul,
+        lambda w, x: x @ w,
+        W("co", 7, 24),
+        F(2, 7),
+        w_spec=P(None, "d"),
+        x_spec=P(),
+        out_spec=P(None, "d"),
+    ),
+    sharded_case(
+        "on_experts",
+        lambda w, x: jnp.einsum("ebd,edk->ebk", x, w),
+        lambda w, x: np.einsum("ebd,edk->ebk", x, w),
+        W("bco", 8, 7, 5),
+        F(8, 3, 7),
+        w_spec=P("d"),
+        x_spec=P("d"),
+        out_spec=P("d"),
+    ),
+    sharded_case(
+        "gathered",
+        lambda w, x: x @ lax.all_gather(w, "d", axis=1, tiled=True),
+        lambda w, x: x @ w,
+        W("co", 7, 24),
+        F(16, 7),
+        w_spec=P(None, "d"),
+        x_spec=P("d"),
+        out_spec=P("d"),
+        images=(7 * 24,),
+    ),
+    sharded_case(
+        "cast_and_transposed",
+        lambda w, x: jnp.tanh(x @ w.astype(jnp.float32)) @ w.T,
+        lambda w, x: np.tanh(x @ w) @ w.T,
+        W("co", 7, 5),
+        F(16, 7),
+        w_spec=P(),
+        x_spec=P("d"),
+        out_spec=P("d"),
+    ),
+]

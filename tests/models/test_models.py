@@ -1,0 +1,83 @@
+"""Real models, untouched: the invariants of `wrap` on each, and no weight added up anywhere."""
+
+import jax
+import numpy as np
+import pytest
+
+import lorax_fn as lora
+
+from . import linen_cases, nnx_cases, plain_cases, published_cases, transformers_cases
+from .harness import Adapted, assert_close
+
+CASES = [
+    *linen_cases.CASES,
+    *nnx_cases.CASES,
+    *plain_cases.CASES,
+    *transformers_cases.CASES,
+    *published_cases.CASES,
+]
+
+# Third-party packages may warn about JAX or Flax as they please; a weight added up is an error.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::lorax_fn.DenseWarning"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def model(request):
+    return Adapted(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These programs run once or twice each: spend little on optimising them."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_every_target_is_adapted_and_no_weight_is_added_up(model):
+    report = lora.inspect(
+        model.apply_fn, model.params, model.at_init, *model.args, **model.kwargs
+    )
+    assert report.dense == []
+    assert len(nodes(model.at_init)) == model.case.adapted
+
+
+def test_at_init_the_adapted_model_is_the_base_model(model):
+    base = jax.jit(model.base)(model.floats)
+    wrapped = jax.jit(model.wrapped)(model.floats, model.at_init)
+    for got, want in zip(wrapped, base, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_adapted_model_is_the_merged_model(model):
+    factors = model.random_factors(seed=2)
+    outputs, _, gradients = model.wrapped_step(factors)
+    want_outputs, _, want_gradients = model.merged_step(factors)
+    assert_close(outputs, want_outputs, model.case.tolerance)
+    assert_close(gradients, want_gradients, model.case.tolerance)
+    assert all(map(np.any, jax.tree.leaves(want_gradients)))
+
+
+def test_the_base_gets_no_gradient(model):
+    _, params_gradient, _ = model.wrapped_step(model.random_factors(seed=2))
+    assert not any(map(np.any, params_gradient))
+
+
+def test_other_factors_do_not_retrace(model):
+    before, _, _ = model.wrapped_step(model.random_factors(seed=2))
+    after, _, _ = model.wrapped_step(model.random_factors(seed=3))
+    assert model.wrapped_step.traces == 1
+    assert model.wrapped_step.compiled._cache_size() == 1
+    assert not all(map(np.array_equal, before, after))
+
+
+def nodes(factors):
+    return [leaf for leaf in jax.tree.leaves(factors, is_leaf=is_node) if is_node(leaf)]
+
+
+def is_node(leaf):
+    return hasattr(leaf, "a") and hasattr(leaf, "b")
