@@ -19,8 +19,9 @@ from jax import lax
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
+from lorax_fn.interpreter.pending import PendingSum
 from lorax_fn.interpreter.rule import RULES, Context
-from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
+from lorax_fn.interpreter.weight import Term, Weight
 
 Dot = Callable[..., Factor]
 
@@ -82,15 +83,6 @@ def scale_smaller(scale: float, thin: Factor, second: Factor) -> tuple[Factor, F
     return thin, second.with_array(second.array * scale)
 
 
-def accumulate(base: jax.Array, shares: Sequence[jax.Array]) -> jax.Array:
-    """Adds the terms' shares onto the base's result, in float32 or wider, and casts once."""
-    wide = wide_dtype(base.dtype)
-    total = base.astype(wide)
-    for share in shares:
-        total = total + share.astype(wide)
-    return total.astype(base.dtype)
-
-
 def _in_order(factor: Factor, free: Sequence[Label]) -> Factor:
     """The factor with its free dims in the result's order, so that no result is transposed."""
     wanted = [d for d in free if d in factor.dims]
@@ -135,7 +127,7 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
     )
     ctx.factored(weight, eqn)
     x = Factor(x, x_labels)
-    return accumulate(base, [contraction.low_rank(x, term) for term in weight.terms])
+    return PendingSum(base, tuple(contraction.low_rank(x, term) for term in weight.terms))
 
 
 def _dot(
@@ -192,7 +184,7 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
     )
     ctx.factored(weight, eqn)
     x = Factor(x, x_labels)
-    return accumulate(base, [contraction.low_rank(x, term) for term in weight.terms])
+    return PendingSum(base, tuple(contraction.low_rank(x, term) for term in weight.terms))
 
 
 def _ragged_dot(

@@ -15,7 +15,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.interpreter import compat
-from lorax_fn.interpreter.loop import interpret
+from lorax_fn.interpreter.loop import interpret, interpret_in_place
+from lorax_fn.interpreter.pending import settled
 from lorax_fn.interpreter.placement import constrain_factors, factor_spec
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Weight, leading_slices, stack_leading
@@ -29,7 +30,7 @@ def _jit(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     params = eqn.params
     placed = list(map(_constrained, operands, params["in_shardings"]))
     with jax.named_scope(f"jit({params['name']})"):
-        results = interpret(ctx, params["jaxpr"], placed)
+        results = interpret_in_place(ctx, params["jaxpr"], placed)
     return list(map(_constrained, results, params["out_shardings"]))
 
 
@@ -40,11 +41,11 @@ def _constrained(value: Any, sharding: Any) -> Any:
     if isinstance(value, Weight):
         base = lax.with_sharding_constraint(value.base, sharding)
         return constrain_factors(value, base, sharding)
-    return lax.with_sharding_constraint(value, sharding)
+    return lax.with_sharding_constraint(settled(value), sharding)
 
 
 def _closed_call(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
-    return interpret(ctx, eqn.params["call_jaxpr"], operands)
+    return interpret_in_place(ctx, eqn.params["call_jaxpr"], operands)
 
 
 def _remat(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter import compat
-from lorax_fn.interpreter.contractions import accumulate, order_factors, scale_smaller
+from lorax_fn.interpreter.contractions import order_factors, scale_smaller
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
+from lorax_fn.interpreter.pending import PendingSum
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
@@ -32,7 +33,7 @@ def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
             return NotImplemented
         shares.append(_share(eqn.params, x, weight, term, *pair))
     ctx.factored(weight, eqn)
-    return accumulate(compat.bind(eqn, [x, weight.base]), shares)
+    return PendingSum(compat.bind(eqn, [x, weight.base]), tuple(shares))
 
 
 def _first_and_second(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend.core import Literal
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.pending import add_before_shares, is_addition, settled
 from lorax_fn.interpreter.rule import Context, apply_rule
 from lorax_fn.interpreter.weight import Weight
 
@@ -17,26 +19,47 @@ def interpret(ctx: Context, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 
     An equation without a weight among its operands is bound unchanged. The results may be weights.
     """
+    return [settled(result) for result in interpret_in_place(ctx, jaxpr, operands)]
+
+
+def interpret_in_place(ctx: Context, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """As `interpret`, for a jaxpr that is part of another: results may also be pending sums."""
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
 
+    uses = Counter(atom for atom in _atoms_read(jaxpr) if not isinstance(atom, Literal))
+
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
+
+    def write(var: Any, value: Any) -> None:
+        env[var] = value if uses[var] == 1 else settled(value)
 
     for eqn, dead in zip(jaxpr.eqns, _last_uses(jaxpr), strict=True):
         values = [read(atom) for atom in eqn.invars]
         with compat.equation_context(eqn):
-            if any(isinstance(value, Weight) for value in values):
-                results = apply_rule(ctx, eqn, values)
-            else:
-                results = compat.bind(eqn, values)
-        if not eqn.primitive.multiple_results:
-            results = [results]
-        env.update(zip(eqn.outvars, results, strict=True))
+            results = _evaluate(ctx, eqn, values)
+        for var, result in zip(eqn.outvars, results, strict=True):
+            write(var, result)
         for var in dead:
             env.pop(var, None)  # eager evaluation should hold no activation longer than needed
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    has_weight = any(isinstance(value, Weight) for value in values)
+    if not has_weight and is_addition(eqn, values):
+        return [add_before_shares(eqn, values)]
+    values = [settled(value) for value in values]
+    results = apply_rule(ctx, eqn, values) if has_weight else compat.bind(eqn, values)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def _atoms_read(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield from eqn.invars
+    yield from jaxpr.outvars
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:
