@@ -59,8 +59,9 @@ def _check(path: str, leaf: Any, node: Any) -> None:
         return
     if not is_adapter(node):
         raise StructureError(
-            f"factors hold {_brief(node)} at {path!r}; wanted an adapter node or None. Wanted what "
-            "lora.init made for these params, as the second argument."
+            f"factors hold {_brief(node)} at {path!r}, where params hold {_brief(leaf)}; wanted an "
+            "adapter node or None. Wanted params as the first argument, and what lora.init made "
+            "for them as the second."
         )
     if not is_array(leaf):
         raise StructureError(f"factors adapt {path!r}, which is {_brief(leaf)} and no array.")

@@ -15,7 +15,7 @@ from lorax_fn.evaluate import evaluate
 from lorax_fn.flops import count_flops
 from lorax_fn.interpreter import Event
 from lorax_fn.pairing import pair
-from lorax_fn.tracing import is_array, trace
+from lorax_fn.tracing import check_function, is_array, trace
 
 Pytree = Any
 
@@ -125,12 +125,14 @@ def inspect(
     >>> report.rows[0].ops, report.dense, report.totals.trainable
     (('dot_general',), [], 192)
     """
+    check_function(apply_fn)
+    pairs = pair(params, factors)
     events: dict[Event, None] = {}
     base = trace(apply_fn, params, args, kwargs)
     adapted = trace(_evaluated(apply_fn, events), (params, factors), args, kwargs)
     rows = tuple(
         _row(path, leaf, adapter, [event for event in events if event.path == path])
-        for path, leaf, adapter in pair(params, factors)
+        for path, leaf, adapter in pairs
         if adapter is not None
     )
     trainable = sum(row.params for row in rows)

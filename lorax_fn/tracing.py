@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core as jax_core
 
-from lorax_fn.errors import StructureError
+from lorax_fn.errors import LoraError, StructureError
 
 Pytree = Any
 
@@ -70,6 +70,7 @@ def trace(
     >>> t.rebuild(jax.core.eval_jaxpr(t.jaxpr.jaxpr, t.jaxpr.consts, *inputs))
     (Array([2., 2., 2.], dtype=float32), True)
     """
+    check_function(apply_fn)
     param_leaves, param_slots, fill_params = _partition(params, is_array)
     arg_leaves, _, fill_args = _partition((tuple(args), dict(kwargs)), is_array)
     fill_outputs: list[Callable[[Sequence[Any]], Pytree]] = []
@@ -92,6 +93,15 @@ def trace(
             ) from e
         raise
     return Traced(jaxpr, param_leaves, param_slots, arg_leaves, fill_outputs[0])
+
+
+def check_function(apply_fn: Any) -> None:
+    """Raises `LoraError` unless apply_fn can be called."""
+    if not callable(apply_fn):
+        raise LoraError(
+            f"apply_fn is of type {type(apply_fn).__name__}; wanted a function "
+            "apply_fn(params, *args), such as model.apply."
+        )
 
 
 # What a function raises that is given an array for a dict or the other way round.

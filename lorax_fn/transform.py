@@ -16,6 +16,7 @@ from lorax_fn.evaluate import evaluate
 from lorax_fn.init import check_key
 from lorax_fn.interpreter import Event, Weight
 from lorax_fn.pairing import pair
+from lorax_fn.tracing import check_function
 
 Pytree = Any
 
@@ -52,11 +53,7 @@ def wrap(
     >>> lora.wrap(apply_fn)(params, factors, jnp.ones((4, 3))).shape
     (4, 2)
     """
-    if not callable(apply_fn):
-        raise LoraError(
-            f"apply_fn is of type {type(apply_fn).__name__}; wanted a function "
-            "apply_fn(params, *args), such as model.apply."
-        )
+    check_function(apply_fn)
     if dense not in ("warn", "error", "allow"):
         raise LoraError(f"dense={dense!r} is unknown; wanted 'warn', 'error' or 'allow'.")
 

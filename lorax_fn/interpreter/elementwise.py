@@ -38,9 +38,24 @@ def _on_all(ctx: Context, eqn: Any, *operands: Any) -> Any:
 
 
 def _optimization_barrier(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
-    """One barrier for all operands, as it was."""
-    leaves, treedef = jax.tree.flatten(list(operands))
-    return jax.tree.unflatten(treedef, compat.bind(eqn, leaves))
+    """All operands behind one barrier, which gives the frozen bases no gradient.
+
+    A barrier's derivative makes zeros of all tangents it lacks, a base's among them, and with them
+    a dense weight gradient. So bases and the rest each pass a barrier with the other ones held.
+    """
+    rest, treedef = jax.tree.flatten([_without_base(operand) for operand in operands])
+    frozen = [operand.base for operand in operands if isinstance(operand, Weight)]
+    n = len(frozen)
+    passed = iter(compat.bind(eqn, [*frozen, *map(lax.stop_gradient, rest)])[:n])
+    rest = compat.bind(eqn, [*map(lax.stop_gradient, frozen), *rest])[n:]
+    return [
+        dataclasses.replace(value, base=next(passed)) if isinstance(value, Weight) else value
+        for value in jax.tree.unflatten(treedef, rest)
+    ]
+
+
+def _without_base(operand: Any) -> Any:
+    return dataclasses.replace(operand, base=None) if isinstance(operand, Weight) else operand
 
 
 def _sharding_constraint(ctx: Context, eqn: Any, weight: Weight) -> Weight:
