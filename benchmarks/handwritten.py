@@ -1,7 +1,7 @@
 """LoRA written by hand into the layers, as one would write it for one's own model.
 
 `x @ W + b + scale * ((x @ A) @ B)`, with A and B in a Flax collection of their own, "lora", so
-that a gradient with respect to it is all that a step computes. Layers keep their parameters'
+that the gradient with respect to it is all that a step computes. Layers keep their parameters'
 names: the plain model's variables fit.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,8 @@ from benchmarks.model import Config, dense
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRADenseFactory:
-    """Makes `LoRADense` for the layers named in `targets`, plain layers for the rest."""
+class LoRALayers:
+    """Makes a `LoRADense` of each layer named in `targets`, a plain layer of the others."""
 
     targets: tuple[str, ...]
     rank: int
@@ -55,3 +56,20 @@ class LoRADense(nn.Module):
 
     def _factor(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         return self.variable("lora", name, jnp.zeros, shape, jnp.float32).value
+
+
+def add_up(params: Any, lora: Any, scale: float) -> Any:
+    """Params with every kernel replaced by W + scale * A·B: one matrix to apply, and to store."""
+    if "a" in lora:
+        return params | {"kernel": _sum(params["kernel"], lora["a"], lora["b"], scale)}
+    return {
+        name: add_up(sub, lora[name], scale) if name in lora else sub
+        for name, sub in params.items()
+    }
+
+
+def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    product = lambda a, b: jnp.tensordot(a, b, 1)
+    if a.ndim + b.ndim - 2 > kernel.ndim:  # layers stacked by nn.scan, in both factors
+        product = jax.vmap(product)
+    return (kernel + scale * product(a, b)).astype(kernel.dtype)

@@ -26,7 +26,7 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
         return NotImplemented
     base = compat.bind(eqn, [weight.base, indices])
-    lookup = _Lookup.of(eqn, weight.ndim, base.ndim)
+    lookup = _Lookup.of(eqn, weight.shape, base.ndim)
     gathered = Weight(
         base, tuple(t.map(lambda f: lookup(f, indices)) for t in weight.terms), weight.paths
     )
@@ -63,20 +63,21 @@ class _Lookup:
     params: dict[str, Any]
     window: dict[int, int]  # dims that survive → the result's dim that each becomes
     batch: tuple[int, ...]  # the result's dims that come from the indices
+    indexed: frozenset[int]  # dims along which the result depends on the indices
 
     @classmethod
-    def of(cls, eqn: Any, ndim: int, out_ndim: int) -> _Lookup:
+    def of(cls, eqn: Any, shape: Sequence[int], out_ndim: int) -> _Lookup:
         numbers = eqn.params["dimension_numbers"]
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        kept = [d for d in range(ndim) if d not in gone]
+        kept = [d for d in range(len(shape)) if d not in gone]
+        window = dict(zip(kept, numbers.offset_dims, strict=True))
         batch = tuple(d for d in range(out_ndim) if d not in numbers.offset_dims)
-        return cls(eqn.params, dict(zip(kept, numbers.offset_dims, strict=True)), batch)
-
-    @property
-    def indexed(self) -> set[int]:
-        """The dims along which the result depends on the indices."""
-        numbers = self.params["dimension_numbers"]
-        return {*numbers.start_index_map, *numbers.operand_batching_dims}
+        indexed = frozenset((*numbers.start_index_map, *numbers.operand_batching_dims))
+        if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+            # A slice of full length starts at zero, whatever its index: it is clamped.
+            sizes = eqn.params["slice_sizes"]
+            indexed -= {d for d in numbers.start_index_map if sizes[d] == shape[d] != 1}
+        return cls(eqn.params, window, batch, indexed)
 
     def is_activation(self, term: Term) -> bool:
         """Whether A's dims are looked up and B's are not, as in an embedding."""
@@ -89,7 +90,11 @@ class _Lookup:
 
     def _gathered(self, factor: Factor, indices: jax.Array) -> Factor:
         numbers = self.params["dimension_numbers"]
-        columns = [i for i, d in enumerate(numbers.start_index_map) if d in factor.dims]
+        columns = [
+            i
+            for i, d in enumerate(numbers.start_index_map)
+            if d in factor.dims and d in self.indexed
+        ]
         pairs = [
             (factor.dims.index(d), axis)
             for d, axis in zip(

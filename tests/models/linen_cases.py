@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Three blocks as one scan, their params stacked along `axis` (or shared, if `axis` is None)."""
+    """Three blocks as one scan, their params stacked along `axis`, or shared if that is None."""
 
     axis: int | None = 0
     remat: bool = False
@@ -141,7 +141,7 @@ class Ensemble(nn.Module):
 
 
 class Assorted(nn.Module):
-    """The remaining layers with kernels: batched DenseGeneral, Einsum, MultiHeadAttention caches."""
+    """The remaining layers with kernels: batched DenseGeneral, Einsum, and mixed precision."""
 
     @nn.compact
     def __call__(self, x):

@@ -69,7 +69,7 @@ class LanguageModel(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """Strided, grouped, and transposed convolutions, BatchNorm and Dropout; returns its new state."""
+    """Strided, grouped and transposed convolutions, BatchNorm and Dropout."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
@@ -88,7 +88,7 @@ class ConvNet(nnx.Module):
 def conv_net():
     """Params first, then all other state; the new batch statistics are part of the result."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: ConvNet(nnx.Rngs(0))))
-    params, stats, rest = nnx.split_state(state, nnx.Param, nnx.BatchStat, ...)
+    params, stats, _ = nnx.split_state(state, nnx.Param, nnx.BatchStat, ...)
 
     def apply_fn(params, stats, images):
         streams = nnx.state(nnx.Dropout(0.2, rngs=nnx.Rngs(3)))

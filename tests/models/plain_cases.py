@@ -1,7 +1,5 @@
-"""Functions on lists and dicts of arrays, Equinox modules and Haiku transforms."""
+"""Plain functions on lists and dicts of arrays: loops, routing, fused kernels, inner gradients."""
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 
@@ -13,9 +11,6 @@ X = jax.random.normal(jax.random.key(13), (BATCH, LENGTH, WIDTH))
 
 def arrays(*shapes):
     return random_params([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
-
-
-# Plain functions
 
 
 def mlp(params, x):
@@ -84,7 +79,7 @@ def stack_of(**shapes):
 
 
 SSM = dict.fromkeys(("in_proj", "decay_proj", "gate_proj"), (WIDTH, 12)) | {"out_proj": (12, WIDTH)}
-PLAIN = [
+CASES = [
     ModelCase(
         "list of matrices", lambda: Model(mlp, arrays((8, 12), (12, 12), (3, 12)), [X]), r"\d", 3
     ),
@@ -114,9 +109,7 @@ PLAIN = [
     ),
     ModelCase(
         "experts by map and checkpoint",
-        lambda: Model(
-            mapped_experts, stack_of(up=(4, 8, 12), down=(4, 12, 8), router=(8, 4)), [X]
-        ),
+        lambda: Model(mapped_experts, stack_of(up=(4, 8, 12), down=(4, 12, 8), router=(8, 4)), [X]),
         "up|down|router",
         3,
     ),
@@ -128,149 +121,3 @@ PLAIN = [
         2,
     ),
 ]
-
-
-# Equinox
-
-
-def equinox_model(make, *args):
-    """The array part of a module comes first; of `make(key)` only the shapes are needed."""
-    module = eqx.filter_eval_shape(make, jax.random.key(0))
-    shapes, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    params = random_params(shapes)
-    return Model(lambda params, *args: eqx.combine(params, static)(*args), params, args)
-
-
-class EquinoxConvNet(eqx.Module):
-    """Convolutions in torch's layout, a depthwise one among them, and a transposed one."""
-
-    layers: list
-
-    def __init__(self, key):
-        keys = jax.random.split(key, 4)
-        self.layers = [
-            eqx.nn.Conv2d(3, 8, 3, stride=2, padding=1, key=keys[0]),
-            jax.nn.relu,
-            eqx.nn.Conv2d(8, 16, 3, groups=8, key=keys[1]),
-            jax.nn.relu,
-            eqx.nn.ConvTranspose2d(16, 4, 2, stride=2, key=keys[2]),
-            jnp.ravel,
-            eqx.nn.Linear(4 * 4 * 4, 5, key=keys[3]),
-        ]
-
-    def __call__(self, image):
-        for layer in self.layers:
-            image = layer(image)
-        return image
-
-
-class EquinoxRecurrent(eqx.Module):
-    """GRU and LSTM cells scanned over time, on embedded tokens."""
-
-    embed: eqx.nn.Embedding
-    gru: eqx.nn.GRUCell
-    lstm: eqx.nn.LSTMCell
-
-    def __init__(self, key):
-        keys = jax.random.split(key, 3)
-        self.embed = eqx.nn.Embedding(11, WIDTH, key=keys[0])
-        self.gru = eqx.nn.GRUCell(WIDTH, 6, key=keys[1])
-        self.lstm = eqx.nn.LSTMCell(6, 4, key=keys[2])
-
-    def __call__(self, tokens):
-        def step(carry, token):
-            hidden = self.gru(self.embed(token), carry[0])
-            state = self.lstm(hidden, carry[1])
-            return (hidden, state), state[0]
-
-        start = jnp.zeros(6), (jnp.zeros(4), jnp.zeros(4))
-        return jax.lax.scan(step, start, tokens)[1]
-
-
-def equinox_attention():
-    def make(key):
-        return eqx.nn.MultiheadAttention(2, WIDTH, use_query_bias=True, key=key)
-
-    return equinox_model(make, X[0], X[0], X[0])
-
-
-def batched_mlp():
-    """The module itself comes first: its activation function is a leaf of the params."""
-    module = eqx.nn.MLP(WIDTH, 3, 12, 2, key=jax.random.key(0))
-    return Model(lambda module, x: jax.vmap(module)(x), module, [X[0]])
-
-
-IMAGE = jax.random.normal(jax.random.key(4), (3, 8, 8))
-EQUINOX = [
-    ModelCase("equinox MLP, vmapped", batched_mlp, ".*/weight", 3),
-    ModelCase("equinox attention", equinox_attention, ".*/weight", 4),
-    ModelCase(
-        "equinox conv net", lambda: equinox_model(EquinoxConvNet, IMAGE), ".*/weight", 4
-    ),
-    ModelCase(
-        "equinox recurrent",
-        lambda: equinox_model(EquinoxRecurrent, jnp.arange(5)),
-        ".*/weight(_ih|_hh)?",
-        5,
-    ),
-]
-
-
-# Haiku
-
-
-def haiku_model(forward, *args, state=False):
-    """A pure function transformed by Haiku; with `state`, the state is an input and an output."""
-    if not state:
-        transformed = hk.without_apply_rng(hk.transform(forward))
-        shapes = jax.eval_shape(transformed.init, jax.random.key(0), *args)
-        return Model(transformed.apply, random_params(shapes), args)
-    transformed = hk.transform_with_state(forward)
-    params, initial = jax.eval_shape(transformed.init, jax.random.key(0), *args)
-    initial = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), initial)
-    return Model(transformed.apply, random_params(params), (initial, jax.random.key(1), *args))
-
-
-def haiku_transformer(tokens):
-    embed = hk.Embed(11, WIDTH)
-    x = embed(tokens)
-    init = hk.initializers.VarianceScaling(1.0)
-    x = x + hk.MultiHeadAttention(2, 4, w_init=init, model_size=WIDTH)(x, x, x)
-    x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
-    return hk.nets.MLP([12, WIDTH])(x) @ embed.embeddings.T
-
-
-def haiku_conv_net(images):
-    x = hk.Conv2D(8, 3, stride=2)(images)
-    x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(x, is_training=True))
-    x = jax.nn.relu(hk.DepthwiseConv2D(2, 3)(x))
-    x = jax.nn.relu(hk.Conv2DTranspose(4, 3, stride=2)(x))
-    x = hk.dropout(hk.next_rng_key(), 0.2, hk.Flatten()(x))
-    return hk.Linear(5)(x)
-
-
-def haiku_recurrent(x):
-    hidden, _ = hk.dynamic_unroll(hk.LSTM(6), x, hk.LSTM(6).initial_state(BATCH), time_major=False)
-    return hk.dynamic_unroll(hk.GRU(6), hidden, jnp.zeros((BATCH, 6)), time_major=False)
-
-
-def haiku_layer_stack(x):
-    def block(x):
-        return x + hk.Linear(WIDTH)(jax.nn.gelu(hk.Linear(12)(x)))
-
-    return hk.layer_stack(3)(block)(x)
-
-
-TOKENS = jnp.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 11
-IMAGES = jax.random.normal(jax.random.key(6), (BATCH, 8, 8, 3))
-MATRIX = ".*/(w|w_i|w_h|embeddings)"
-HAIKU = [
-    ModelCase("haiku transformer", lambda: haiku_model(haiku_transformer, TOKENS), MATRIX, 7),
-    ModelCase(
-        "haiku conv net, state", lambda: haiku_model(haiku_conv_net, IMAGES, state=True), MATRIX, 4
-    ),
-    ModelCase("haiku recurrent", lambda: haiku_model(haiku_recurrent, X), MATRIX, 3),
-    ModelCase("haiku layer stack", lambda: haiku_model(haiku_layer_stack, X), MATRIX, 2),
-]
-
-CASES = [*PLAIN, *EQUINOX, *HAIKU]

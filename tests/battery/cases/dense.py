@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from tests.battery.case import F, OneOf, OpCase, W
 from tests.reference import conv, ragged_contraction, softmax
@@ -107,6 +109,17 @@ def contraction_in_groups(p, x):
         rhs_group_dimensions=[],
     )
     return lax.ragged_dot_general(x["x"], p["w"], x["sizes"], numbers)  # dense: ragged_dot_general
+
+
+def gathered(p, x):
+    """A weight sharded over devices and gathered where it is used."""
+
+    def body(w, x):
+        return x @ lax.all_gather(w, "d", axis=1, tiled=True)  # dense: all_gather
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(None, "d"), P("d")), "out_specs": P("d")}
+    return jax.shard_map(body, mesh=mesh, **specs)(p["w"], x["x"])
 
 
 def sine_in_scan(p, x):
@@ -252,6 +265,14 @@ ADDED_UP = [
         more={"sizes": OneOf(np.array([2, 1, 4], np.int32), np.array([0, 7, 0], np.int32))},
         reverse=False,
         without=frozenset({"vmap_inputs", "vmap_factors"}),
+    ),
+    case(
+        "gathered_shards",
+        gathered,
+        lambda p, x: x["x"] @ p["w"],
+        weight=W("co", 7, 24),
+        more={"x": F(16, 7)},
+        without=frozenset({"pmap"}),
     ),
     case(
         "sine_in_scan",

@@ -102,6 +102,8 @@ CUSTOM = [
         "custom_vmap/plain_operand",
         after(shifted),
         after(lambda y: y + 1),
+        reverse=False,
+        without=frozenset({"linearize"}),
     ),
 ]
 

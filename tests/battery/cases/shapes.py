@@ -381,7 +381,7 @@ JOINS = [
     ),
     OpCase(
         name="chain/concatenate_contract",
-        weights={"top": W("co", 4, 5), "rest": W("co", 3, 5, rank=3)},
+        weights={"top": W("co", 4, 5), "rest": W("co", 3, 5, rank=1)},
         inputs={"x": F(2, 7)},
         fn=lambda p, x: x["x"] @ jnp.concatenate([p["top"], p["rest"]]),
         reference=lambda p, x: x["x"][:, :4] @ p["top"] + x["x"][:, 4:] @ p["rest"],

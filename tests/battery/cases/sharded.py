@@ -84,17 +84,6 @@ CASES = [
         out_spec=P("d"),
     ),
     sharded_case(
-        "gathered",
-        lambda w, x: x @ lax.all_gather(w, "d", axis=1, tiled=True),
-        lambda w, x: x @ w,
-        W("co", 7, 24),
-        F(16, 7),
-        w_spec=P(None, "d"),
-        x_spec=P("d"),
-        out_spec=P("d"),
-        images=(7 * 24,),
-    ),
-    sharded_case(
         "cast_and_transposed",
         lambda w, x: jnp.tanh(x @ w.astype(jnp.float32)) @ w.T,
         lambda w, x: np.tanh(x @ w) @ w.T,
