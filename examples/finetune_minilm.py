@@ -41,30 +41,39 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, default=16.0, help="the update is scaled by alpha / rank")
     add(
         "--targets",
-        default=r".*/encoder/.*/kernel",
-        help="regex: the weights that LoRA adapts, by their whole path",
+        default=r".*/encoder/.*/kernel|.*/word_embeddings/embedding",
+        help="regex on whole paths: the weights that LoRA adapts",
     )
     add("--lr", type=float, default=2e-3, help="peak learning rate of LoRA and its head")
-    add("--steps", type=int, default=150, help="training steps")
-    add("--batch", type=int, default=32, help="examples a step")
-    add("--length", type=int, default=32, help="tokens of a docstring that are read")
+    add("--steps", type=positive, default=150, help="training steps")
+    add("--batch", type=positive, default=32, help="examples a step")
+    add("--length", type=positive, default=32, help="tokens of a docstring that are read")
     add("--seed", type=int, default=0, help="draws the factors and the order of the examples")
     add("--full", action="store_true", help="fine-tune every weight too, for comparison")
     add("--full-lr", type=float, default=2e-4, help="peak learning rate of full fine-tuning")
-    add("--limit", type=int, help="use at most that many examples of each split (for a quick look)")
+    add("--limit", type=positive, help="cap the examples of each split, for a quick look")
     add(
         "--out",
         type=Path,
         default=Path(__file__).parent / "out" / "minilm",
         help="folder for what is written",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.length > Config().max_positions:
+        parser.error(f"--length {options.length}: the model reads {Config().max_positions} tokens")
+    return options
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> dict:
     """Returns the figures that are also written to `results.json`."""
     options = parse_options(arguments)
-    published = weights.load_params()
+    published = jax.device_put(weights.load_params())
     tokenizer = weights.load_tokenizer(options.length)
     splits = data.load(data.collect(), tokenizer, options.limit)
     classes = len(data.PACKAGES)
@@ -109,12 +118,12 @@ def train_lora(
     splits: dict[str, data.Split],
     options: argparse.Namespace,
 ) -> Run:
-    """LoRA on the encoder's kernels; the head goes on from where the frozen encoder left it."""
+    """LoRA on the targets; the head is trained on from where the frozen encoder left it."""
     rules = [
         lora.LoRA(options.targets, rank=options.rank, alpha=options.alpha),
         lora.Full(r".*/classifier/.*"),
     ]
-    example = splits["train"].take(np.arange(options.batch))
+    example = splits["train"].take(slice(options.batch))
     axes = lora.infer_axes(model.apply, variables, example.ids, example.mask)
     factors = lora.init(jax.random.key(options.seed), variables, rules, axes=axes)
     print(lora.inspect(model.apply, variables, factors, example.ids, example.mask), "\n")
@@ -190,7 +199,7 @@ def write_and_check(
 
 def table(runs: Sequence[Run]) -> str:
     """The runs, aligned."""
-    header = ("", "test", "validation", "trained", "optimiser state", "seconds")
+    header = ("accuracy", "test", "validation", "trained", "optimiser state", "seconds")
     rows = [
         (
             run.name,

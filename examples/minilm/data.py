@@ -86,7 +86,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: np.ndarray) -> "Split":
+    def take(self, rows: np.ndarray | slice) -> "Split":
         """The examples of these indices."""
         return Split(self.ids[rows], self.mask[rows], self.labels[rows])
 

@@ -8,6 +8,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 
 from minilm.training import Run
 
@@ -28,6 +29,7 @@ def draw(file: Path, frozen: Run, runs: Sequence[Run]) -> None:
     right.axhline(frozen.last, color="gray", linestyle="--", label=label)
     left.set(xlabel="step", ylabel="cross-entropy", title="training loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="accuracy", title="validation accuracy")
+    right.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)

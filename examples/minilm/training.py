@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ Pytree = Any
 Apply = Callable[[Pytree, Pytree, jax.Array, jax.Array], jax.Array]
 """(frozen, trained, ids, mask) -> logits (batch, classes)."""
 
-EVALUATIONS = 4  # of the validation split, over one training run
+EVALUATIONS = 3  # of the validation split, over one training run
 
 
 @dataclasses.dataclass
@@ -110,7 +111,7 @@ def fit(
     started = time.perf_counter()
     state = tx.init(trained)
     run = Run(name, trained, 0.0, nbytes(state))
-    interval = max(1, steps // EVALUATIONS)
+    interval = math.ceil(steps / EVALUATIONS)
     with tqdm(total=steps, desc=name, unit="step") as bar:
         for i, data in enumerate(batches(splits["train"], steps, batch, seed), 1):
             trained, state, loss = step(frozen, trained, state, data)

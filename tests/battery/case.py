@@ -1,7 +1,7 @@
 """What one entry of the battery is: a function, its reference, its weights and its inputs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -73,6 +73,8 @@ class OpCase:
             custom derivative), a function with the expected derivative at the point
             (params0, inputs0), called as `surrogate(params, inputs, params0, inputs0)`.
         reverse: whether JAX itself can differentiate `fn` in reverse mode.
+        rounding: modes ("eager", "jit") in which XLA rounds `fn` itself otherwise as soon as its weight
+            has a second use, or as its parts are compiled together: equal at init to 1e-6 there.
         without: names of transformations that JAX itself does not support on `fn`.
         images: sizes that a product A·B would have on its way through `fn`, beyond those that
             `fn`'s own jaxpr shows (slices picked by a traced index).
@@ -87,7 +89,8 @@ class OpCase:
     tolerance: float = 1e-4
     surrogate: Callable[[Any, Any, Any, Any], Any] | None = None
     reverse: bool = True
-    without: frozenset[str] = field(default_factory=frozenset)
+    rounding: frozenset[str] = frozenset()
+    without: frozenset[str] = frozenset()
     images: tuple[int, ...] = ()
     activations: tuple[int, ...] = ()
 

@@ -52,7 +52,8 @@ def initial_factors(case, params):
 
 
 def _normal(rng, shape, dtype):
-    return jnp.asarray(np.asarray(rng.normal(size=shape)).astype(dtype))
+    """Of standard deviation 1/2, so that chains of tanh are not saturated."""
+    return jnp.asarray(np.asarray(rng.normal(size=shape) / 2).astype(dtype))
 
 
 def _redrawn(factors, rng):
@@ -162,7 +163,7 @@ class Expected:
             lambda factors: self._gradient(factors, j),
             self.factors(f),
             _flat(self.drawn.direction),
-            step=1e-3,
+            step=1e-4,
         )
 
 

@@ -123,9 +123,9 @@ CASES = [
     conv_case("2d_grouped", NHWC, (2, 2, 2, 9), (1, 3, 4, 6), groups=3),
     conv_case("2d_grouped_channels_first", NCHW, (9, 2, 2, 2), (1, 6, 3, 4), groups=3),
     conv_case("2d_depthwise", NHWC, (3, 2, 1, 7), (1, 4, 5, 7), groups=7),
-    conv_case("2d_depthwise_multiplier", NHWC, (3, 2, 1, 15), (1, 5, 4, 5), groups=5),
+    conv_case("2d_depthwise_multiplier", NHWC, (3, 2, 1, 15), (1, 5, 5, 5), groups=5),
     conv_case("3d", NDHWC, (2, 2, 2, 3, 5), (1, 3, 3, 4, 3), strides=(1, 1, 2)),
-    conv_case("3d_grouped", NDHWC, (2, 1, 2, 2, 6), (1, 3, 2, 4, 4), groups=2),
+    conv_case("3d_grouped", NDHWC, (2, 1, 2, 2, 6), (1, 3, 3, 4, 4), groups=2),
     OpCase(
         name="conv/2d_same",
         weights={"w": W("ccco", 3, 3, 2, 5)},

@@ -68,10 +68,6 @@ def normalised(p, x):
     return x["x"] @ jax.nn.softmax(p["w"])  # dense: reduce_max
 
 
-def plus_input(p, x):
-    return x["x"] @ (p["w"] + x["y"])  # dense: add
-
-
 def cumulated(p, x):
     return x["x"] @ jnp.cumsum(p["w"], axis=0)  # dense: cumsum
 
@@ -231,12 +227,6 @@ ADDED_UP = [
     case("max", largest, lambda p, x: x["x"] * p["w"].max()),
     case("power", power, lambda p, x: x["x"] @ p["w"] ** 3),
     case("softmax", normalised, lambda p, x: x["x"] @ softmax(p["w"])),
-    case(
-        "plus_input",
-        plus_input,
-        lambda p, x: x["x"] @ (p["w"] + x["y"]),
-        more={"y": F(7, 5)},
-    ),
     case("cumsum", cumulated, lambda p, x: x["x"] @ np.cumsum(p["w"], axis=0)),
     case(
         "role_mixing_reshape",

@@ -121,6 +121,7 @@ INSIDE = [
         lambda p, x: jax.jvp(lambda h: jnp.tanh(h @ p["w"]), (x["x"],), (jnp.ones((3, 7)),))[1],
         lambda p, x: (1 - np.tanh(x["x"] @ p["w"]) ** 2) * p["w"].sum(0),
         activations=(15,),
+        rounding=frozenset({"eager"}),
     ),
     case(
         "inside/vmap_over_experts",

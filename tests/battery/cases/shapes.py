@@ -269,6 +269,7 @@ SCALINGS = [
         lambda w, x: x["x"] @ (w / (2 + jnp.abs(x["s"]))),
         lambda w, x: x["x"] @ (w / (2 + np.abs(x["s"]))),
         more={"s": F()},
+        rounding=frozenset({"jit"}),
     ),
     chain_case(
         "times_one_by_one_array",
@@ -341,6 +342,18 @@ SCALINGS = [
         weight=W("cco", 3, 4, 5),
         x=F(2, 6, 4),
         more={"v": F(5)},
+    ),
+    chain_case(
+        "plus_array",
+        lambda w, x: x["x"] @ (w + x["y"]),
+        lambda w, x: x["x"] @ (w + x["y"]),
+        more={"y": F(7, 5)},
+    ),
+    chain_case(
+        "array_minus_weight",
+        lambda w, x: x["x"] @ (x["y"] - w),
+        lambda w, x: x["x"] @ (x["y"] - w),
+        more={"y": F(7, 5)},
     ),
     OpCase(
         name="chain/times_trained_vector",
