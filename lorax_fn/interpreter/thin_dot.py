@@ -7,9 +7,8 @@ on the right, copies all of `gᵀ` (out, n) to find an (r, out) result. Here
 
     db = tᵀ @ g        only tᵀ (r, n) is ever copied
 
-because each gradient is taken in the operand order that moves the fewest elements, and where the
-result then has to be transposed, an optimisation barrier keeps XLA from swapping the operands
-back. The price of one product, measured on a CPU at n = 1024, r = 8: up to 7 times less.
+because each gradient is taken in the operand order that moves the fewest elements; a fence keeps
+XLA from swapping the operands back. On a CPU that makes one such product up to 7 times cheaper.
 
 `thin_dot_p` is bilinear: its JVP emits the primal as a plain `dot_general` (rematerialisation
 policies know that one) and the tangents as `thin_dot_p`, for its transpose rule to meet. A
@@ -65,20 +64,13 @@ def thin_dot(
 
     >>> import jax, jax.numpy as jnp
     >>> t, b = jnp.ones((4, 3, 2)), jnp.ones((2, 5))
-    >>> def loss(b):
-    ...     return thin_dot(t, b, (((2,), (0,)), ((), ()))).sum()
-    >>> jax.grad(loss)(b).shape
+    >>> jax.grad(lambda b: thin_dot(t, b, (((2,), (0,)), ((), ()))).sum())(b).shape
     (2, 5)
     """
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    lhs, rhs = compat.unify_varying_axes(lhs, rhs)
+    contract, batch = dimension_numbers
     return thin_dot_p.bind(
-        lhs,
-        rhs,
-        dimension_numbers=(
-            (tuple(lhs_contract), tuple(rhs_contract)),
-            (tuple(lhs_batch), tuple(rhs_batch)),
-        ),
+        *compat.unify_varying_axes(lhs, rhs),
+        dimension_numbers=(tuple(map(tuple, contract)), tuple(map(tuple, batch))),
         precision=compat.canonical_precision(precision),
         preferred_element_type=preferred_element_type and jax.numpy.dtype(preferred_element_type),
         out_sharding=None,
@@ -159,8 +151,7 @@ def _cotangent(
 
 
 def _others(ndim: int, *dims: Sequence[int]) -> Dims:
-    taken = {d for group in dims for d in group}
-    return tuple(d for d in range(ndim) if d not in taken)
+    return tuple(d for d in range(ndim) if not any(d in group for group in dims))
 
 
 def _moved(array: Any, *order: Sequence[int]) -> int:

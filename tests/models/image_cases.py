@@ -67,8 +67,10 @@ def equimo(architecture, *args, **config):
 
 
 VIT = dict(img_size=32, in_channels=3, dim=8, patch_size=16, num_heads=2, depths=[1], num_classes=5)
-CONVNEXT = dict(in_channels=3, dims=[8] * 4, depths=[1] * 4, num_classes=5)
-MAMBA = dict(img_size=32, in_channels=3, dim=8, depths=[1] * 4, num_heads=[2] * 4, num_classes=5)
+CONVNEXT = dict(in_channels=3, dims=[8] * 2, depths=[1] * 2, num_classes=5)
+MAMBA = dict(
+    img_size=32, in_channels=3, dim=8, depths=[1, 1, 0, 0], num_heads=[2] * 4, num_classes=5
+)
 
 
 def keras_model():
@@ -102,7 +104,7 @@ CASES = [
     ModelCase("diffusers unet", diffusion_unet, r".*/kernel", 82, spread=0.1, tolerance=1e-3),
     ModelCase("diffusers vae", diffusion_vae, r".*/kernel", 36),
     ModelCase("equimo vit", lambda: equimo("VisionTransformer", **VIT), adapted=6, **WEIGHT),
-    ModelCase("equimo convnext", lambda: equimo("ConvNeXt", **CONVNEXT), adapted=17, **WEIGHT),
-    ModelCase("equimo mamba", lambda: equimo("Vssd", **MAMBA), adapted=42, **WEIGHT),
+    ModelCase("equimo convnext", lambda: equimo("ConvNeXt", **CONVNEXT), adapted=9, **WEIGHT),
+    ModelCase("equimo mamba", lambda: equimo("Vssd", **MAMBA), adapted=29, **WEIGHT),
     ModelCase("keras layers", keras_model, ".*kernel", 16),
 ]

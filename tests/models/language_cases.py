@@ -1,10 +1,10 @@
-"""Language models of `tunix` (NNX) and `penzai`: tied heads, remat, stacks, routed experts."""
+"""Language models of `tunix`, `penzai` and `jaxrwkv`: tied heads, stacks, experts, recurrence."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from .harness import Model, ModelCase
+from .harness import Model, ModelCase, random_params
 from .nnx_cases import functional
 
 VOCAB, LENGTH, BATCH = 24, 6, 2
@@ -139,10 +139,28 @@ def penzai_neox():
     return penzai(lambda: gpt_neox.build_gpt_neox_transformer(config, jax.random.key(0)))
 
 
+def rwkv(version, implementation):
+    """RWKV: a linear-attention recurrence, its layers a rematerialised scan over stacked params."""
+    module = pytest.importorskip(f"jaxrwkv.{version}")
+    model = getattr(module, implementation)
+
+    def make():
+        params, _ = model.randomize_weights(jax.random.key(0), 2, 64, VOCAB, None, jnp.float32)
+        return params, model.default_state(params, None)
+
+    shapes, state = jax.eval_shape(make)
+
+    def apply_fn(params, tokens, state):
+        return model.forward(params, tokens, state)
+
+    return Model(apply_fn, random_params(shapes), (TOKENS[0], jnp.zeros(state.shape, state.dtype)))
+
+
 TUNIX = r".*/(w|kernel|input_embedding|per_layer_input_embedding)"
 EXPERTS = TUNIX + r"|.*/(gate_proj|up_proj|down_proj|gating_einsum|linear|router_logits)"
 PENZAI = r".*/(weights|embeddings)/value/data_array"
 PENZAI_NORMS = r".*(/0|body/sublayers/\d)/sublayers/1/weights/.*"
+RWKV = dict(targets=r"(emb|head)/weight|.*/(att|ffn)/(\w+/weight|\w+[12])", exclude=".*/ln_x/.*")
 CASES = [
     ModelCase("tunix qwen3", qwen3, TUNIX, 16, exclude=".*norm.*"),
     ModelCase("tunix qwen3, remat, tied", qwen3_remat, TUNIX, 15, exclude=".*norm.*"),
@@ -155,4 +173,11 @@ CASES = [
         "penzai llama, stacked, tied", lambda: penzai_llama(True), PENZAI, 9, exclude=PENZAI_NORMS
     ),
     ModelCase("penzai gpt-neox", penzai_neox, PENZAI, 8, exclude=PENZAI_NORMS),
+    ModelCase("rwkv6, scan", lambda: rwkv("rwkv6", "ScanRWKV"), adapted=15, **RWKV),
+    ModelCase(
+        "rwkv7, associative scan",
+        lambda: rwkv("rwkv7", "AssociativeScanRWKV"),
+        adapted=16,
+        **RWKV,
+    ),
 ]
