@@ -31,8 +31,7 @@ def evaluate(
     """Returns what `apply_fn(params, *args, **kwargs)` returns with the adapted weights in it."""
     pairs = pair(params, factors)
     traced = trace(apply_fn, params, args, kwargs)
-    jaxpr = compat.prune(traced.jaxpr)
-    _check_used(jaxpr, len(traced.param_leaves))
+    _check_used(traced.jaxpr, len(traced.param_leaves))
     ctx = Context(on_event)
     weights = []
     for slot, leaf in zip(traced.param_slots, traced.param_leaves, strict=True):
@@ -40,7 +39,7 @@ def evaluate(
         frozen = _frozen(leaf)
         own_key = None if key is None else fold_path(key, path)
         weights.append(frozen if adapter is None else adapter.adapt(frozen, path, own_key))
-    results = interpret(ctx, jaxpr, [*weights, *traced.arg_leaves])
+    results = interpret(ctx, traced.jaxpr, [*weights, *map(jnp.asarray, traced.arg_leaves)])
     return traced.rebuild([ctx.returned(result) for result in results])
 
 

@@ -27,7 +27,7 @@ class Row:
     Attributes:
         path: the leaf's path.
         shape: its shape.
-        kind: the adapter's class name.
+        kind: the name of the rule that made the adapter.
         rank: r, or None for a kind that has none.
         axes: the roles of its dims, or None.
         ops: the primitives that consume it, in order of first use.
@@ -94,8 +94,13 @@ class Report:
         return (
             f"{totals.trainable:,} trainable parameters beside {totals.frozen:,} frozen ones "
             f"({totals.ratio:.2%}); forward FLOPs {totals.base_flops:,} → {totals.adapted_flops:,} "
-            f"({extra:+.2%}); {len(self.dense)} of {len(self.rows)} leaves added up."
+            f"({extra:+.2%}); {len(self.dense)} of {len(self.rows)} leaves added up"
+            f"{self._unused()}."
         )
+
+    def _unused(self) -> str:
+        unused = sum(row.axes is not None and not row.ops for row in self.rows)
+        return f", {unused} not used by this call" if unused else ""
 
 
 def inspect(
@@ -182,6 +187,8 @@ def _cells(row: Row) -> list[str]:
     axes = row.axes
     roles = "" if axes is None else "|".join(map(_dims, (axes.batch, axes.contract, axes.out)))
     form = "added up: " + "; ".join(row.dense) if row.dense else "factored"
+    if not row.ops:
+        form = "unused"
     return [
         row.path,
         "×".join(map(str, row.shape)),

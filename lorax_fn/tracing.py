@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend import core as jax_core
 
 from lorax_fn.errors import LoraError, StructureError
+from lorax_fn.interpreter import compat
 
 Pytree = Any
 
@@ -40,7 +41,7 @@ class Traced:
     """A call, traced once.
 
     Attributes:
-        jaxpr: closed jaxpr; its inputs are `param_leaves`, then `arg_leaves`.
+        jaxpr: closed jaxpr without dead code; its inputs are `param_leaves`, then `arg_leaves`.
         param_leaves: the array leaves of `params`, in flatten order.
         param_slots: for each of these, its position among all leaves of `params`
             (`jax.tree.leaves(params)`), static ones included.
@@ -83,7 +84,7 @@ def trace(
         return computed
 
     try:
-        jaxpr = jax.make_jaxpr(flat)(*param_leaves, *arg_leaves)
+        jaxpr = compat.prune(jax.make_jaxpr(flat)(*param_leaves, *arg_leaves))
     except _MISUSE as e:
         if _takes_params_second(apply_fn, params, args, kwargs):
             raise StructureError(

@@ -107,7 +107,7 @@ def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pyt
 
     Raises:
         StructureError: if factors do not belong to params.
-        LoraError: if `check_finite` and a merged leaf is not finite.
+        LoraError: if `check_finite` and a merged leaf is not finite, or merge is traced.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
@@ -118,6 +118,11 @@ def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pyt
 
     def merged(path: str, leaf: Any, adapter: Adapter) -> jax.Array:
         result = _placed_like(leaf, _merged)(leaf, adapter)
+        if check_finite and isinstance(result, jax.core.Tracer):
+            raise LoraError(
+                "check_finite looks at values, which a traced merge has not; call merge outside of "
+                "jax.jit, or without check_finite."
+            )
         if check_finite and not bool(jnp.isfinite(result).all()):
             raise LoraError(
                 f"the merged {path!r} is not finite: its base or its factors hold NaN or infinity, "

@@ -142,9 +142,7 @@ def conv(
         x = _pad(x, dim, low, high)
     parts = [
         _grouped_conv(part, kernel, strides, rhs_dilation, groups)
-        for part, kernel in zip(
-            np.split(x, batch_groups), np.split(w, batch_groups), strict=True
-        )
+        for part, kernel in zip(np.split(x, batch_groups), np.split(w, batch_groups), strict=True)
     ]
     y = np.concatenate(parts, axis=1)  # (N, O, out spatial…)
     canonical = ["N", "C", *spatial]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -29,7 +30,7 @@ def gaussian(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Ar
 
 def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Orthonormal columns (Saxe et al. 2013)."""
-    return jax.nn.initializers.orthogonal()(key, shape, dtype)
+    return jax.nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
 
 
 INITIALIZERS: dict[str, Initializer] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.extend.core.primitives as primitives
+import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter import compat
@@ -44,8 +45,17 @@ class Contraction:
     dtype: Any
     dot: Dot
 
-    def low_rank(self, x: Factor, term: Term) -> jax.Array:
-        """The share of one term: s · x·first·second, of the result's shape."""
+    def shares(self, ctx: Context, x: Factor, weight: Weight) -> tuple[jax.Array, ...]:
+        """The share of every term."""
+        return tuple(self.low_rank(x, term, next(ctx.uses)) for term in weight.terms)
+
+    def low_rank(self, x: Factor, term: Term, use: int) -> jax.Array:
+        """The share of one term: s · x·first·second, of the result's shape.
+
+        `use` numbers the contraction: each draws dropout of its own.
+        """
+        dtype = joint_dtype(x.array.dtype, self.dtype)
+        x = x.astype(dtype)  # one-hot integers, masks and 8-bit floats must not round x·first
         first, second = order_factors(term, self.summed)
         # A summed dim that neither factor spans was broadcast: let the first one span it.
         spanned = {*first.dims, *second.dims}
@@ -53,15 +63,21 @@ class Contraction:
         first = first.widen(missing, [x.length(d) for d in missing])
 
         later = (*self.out, *second.dims)
-        thin = self.dot(drop(x, term), first.astype(self.dtype), later)  # (x's free dims…, r)
-        thin = thin.astype(x.array.dtype)
+        thin = self.dot(drop(x, term, use), first.astype(dtype), later)  # (x's free dims…, r)
+        thin = thin.astype(dtype)
         thin, second = scale_smaller(term.scale, thin, second)
         second = _in_order(second, [d for d in self.out if d not in thin.dims])
-        wide = self.dot(thin, second.astype(self.dtype), self.out)  # (x's free…, w's free…)
+        wide = self.dot(thin, second.astype(dtype), self.out)  # (x's free…, w's free…)
         missing = [d for d in self.out if d not in wide.dims]
         lengths = dict(zip(self.out, self.shape, strict=True))
         wide = wide.widen(missing, [lengths[d] for d in missing])
         return wide.transpose(self.out).array
+
+
+def joint_dtype(x: Any, weight: Any) -> Any:
+    """The dtype in which data meets a factor: the wider of the data's and the weight's."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x, weight)
 
 
 def order_factors(term: Term, summed: frozenset[int]) -> tuple[Factor, Factor]:
@@ -127,7 +143,7 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
     )
     ctx.factored(weight, eqn)
     x = Factor(x, x_labels)
-    return PendingSum(base, tuple(contraction.low_rank(x, term) for term in weight.terms))
+    return PendingSum(base, contraction.shares(ctx, x, weight))
 
 
 def _dot(
@@ -166,6 +182,9 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
     x_free = [label for axis, label in enumerate(x_labels) if axis not in meeting]
     w_free = [d for d in range(weight.ndim) if d not in (*meeting.values(), *groups)]
 
+    # Rows of no group give zero: at least one factor has to know the groups.
+    grouped = tuple(_spanning(term, groups[0], weight.shape) for term in weight.terms)
+    weight = dataclasses.replace(weight, terms=grouped)
     base = compat.bind(eqn, [x, weight.base, group_sizes])
     contraction = Contraction(
         summed=frozenset(w_summed),
@@ -184,7 +203,14 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
     )
     ctx.factored(weight, eqn)
     x = Factor(x, x_labels)
-    return PendingSum(base, tuple(contraction.low_rank(x, term) for term in weight.terms))
+    return PendingSum(base, contraction.shares(ctx, x, weight))
+
+
+def _spanning(term: Term, dim: int, shape: tuple[int, ...]) -> Term:
+    """The term with at least one factor that spans dim."""
+    if dim in term.a.dims or dim in term.b.dims:
+        return term
+    return dataclasses.replace(term, b=term.b.widen([dim], [shape[dim]]))
 
 
 def _ragged_dot(

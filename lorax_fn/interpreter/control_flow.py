@@ -6,12 +6,14 @@ A `Weight` is a pytree, so JAX's own flattening carries it into and out of the b
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core.primitives as primitives
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.interpreter import compat
@@ -78,15 +80,15 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     carry = list(operands[n_consts : n_consts + n_carry])
     xs, rebuild = _split_xs(operands[n_consts + n_carry :])
 
-    def step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+    def step(ctx: Context, carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
         results = interpret(ctx, eqn.params["jaxpr"], [*consts, *carry, *rebuild(slices)])
         return results[:n_carry], results[n_carry:]
 
     one = jax.tree.map(_abstract_slice, xs)
-    carry = _stable_carry(ctx, eqn, lambda c: step(c, one)[0], carry)
+    carry = _stable_carry(ctx, eqn, lambda trial, c: step(trial, c, one)[0], carry)
 
     def stable_step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-        after, ys = step(carry, slices)
+        after, ys = step(ctx, carry, slices)
         return _like(ctx, eqn, after, carry), ys
 
     carry, ys = lax.scan(stable_step, carry, xs, **compat.scan_options(eqn.params))
@@ -116,7 +118,7 @@ def _while(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
 
-    def body(carry: list[Any]) -> list[Any]:
+    def body(ctx: Context, carry: list[Any]) -> list[Any]:
         return interpret(ctx, params["body_jaxpr"], [*body_consts, *carry])
 
     def proceed(carry: list[Any]) -> jax.Array:
@@ -124,25 +126,37 @@ def _while(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
         return result
 
     carry = _stable_carry(ctx, eqn, body, list(operands[n_cond + n_body :]))
-    return lax.while_loop(proceed, lambda c: _like(ctx, eqn, body(c), c), carry)
+    return lax.while_loop(proceed, lambda c: _like(ctx, eqn, body(ctx, c), c), carry)
 
 
 def _stable_carry(
-    ctx: Context, eqn: Any, step: Callable[[list[Any]], list[Any]], carry: list[Any]
+    ctx: Context,
+    eqn: Any,
+    step: Callable[[Context, list[Any]], list[Any]],
+    carry: list[Any],
 ) -> list[Any]:
-    """Adds up those weights of a loop's carry that the body does not hand on symbolically."""
+    """Adds up those weights of a loop's carry that the body does not hand on symbolically.
+
+    Those it does hand on may change places, so each gets the paths of all that it may be.
+    """
+    trial = Context(on_event=lambda event: None)  # the loop proper will report
     while any(isinstance(value, Weight) for value in carry):
-        after = jax.eval_shape(step, carry)
-        stable = [
-            value
-            if not isinstance(value, Weight) or _same_form(value, out)
-            else ctx.add_up(value, eqn)
-            for value, out in zip(carry, after, strict=True)
-        ]
+        after = jax.eval_shape(functools.partial(step, trial), carry)
+        stable = [_held(ctx, eqn, *pair) for pair in zip(carry, after, strict=True)]
         if all(new is old for new, old in zip(stable, carry, strict=True)):
             break
         carry = stable
     return carry
+
+
+def _held(ctx: Context, eqn: Any, value: Any, after: Any) -> Any:
+    """One value of a carry in a form that covers what it is after a step."""
+    if not isinstance(value, Weight):
+        return value
+    if not _same_form(value, after):
+        return ctx.add_up(value, eqn)
+    paths = tuple(dict.fromkeys((*value.paths, *after.paths)))
+    return value if paths == value.paths else dataclasses.replace(value, paths=paths)
 
 
 def _same_form(weight: Weight, other: Any) -> bool:
@@ -158,9 +172,11 @@ def _form(weight: Weight) -> Any:
 
 
 def _like(ctx: Context, eqn: Any, values: list[Any], carry: list[Any]) -> list[Any]:
-    """Adds up what is symbolic in `values` but an array in `carry`."""
+    """The values of the next carry in the forms of this one."""
     return [
-        value if isinstance(wanted, Weight) else ctx.add_up(value, eqn)
+        dataclasses.replace(value, paths=wanted.paths)
+        if isinstance(wanted, Weight)
+        else ctx.add_up(value, eqn)
         for value, wanted in zip(values, carry, strict=True)
     ]
 
@@ -174,25 +190,38 @@ RULES[primitives.while_p] = _while
 
 
 def _cond(ctx: Context, eqn: Any, index: Any, *operands: Any) -> list[Any]:
-    def interpreted(branch: Any) -> Callable[..., list[Any]]:
-        return lambda *operands: interpret(ctx, branch, operands)
-
-    branches = [interpreted(branch) for branch in eqn.params["branches"]]
-    forms = [jax.eval_shape(branch, *operands) for branch in branches]
+    leaves, treedef = jax.tree.flatten(list(operands))
+    traced = [_traced(ctx, branch, leaves, treedef) for branch in eqn.params["branches"]]
+    forms = [jax.tree.unflatten(tree, jaxpr.out_avals) for jaxpr, tree in traced]
     paths = [_joint_paths(values) for values in zip(*forms, strict=True)]
 
-    def unified(branch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def unified(jaxpr: Any, tree: Any) -> Callable[..., list[Any]]:
         """The branch with its results in a form that all branches share."""
 
-        def run(*operands: Any) -> list[Any]:
+        def run(*leaves: Any) -> list[Any]:
+            results = jax.tree.unflatten(tree, jaxpr_as_fun(jaxpr)(*leaves))
             return [
                 ctx.add_up(value, eqn) if own is None else dataclasses.replace(value, paths=own)
-                for value, own in zip(branch(*operands), paths, strict=True)
+                for value, own in zip(results, paths, strict=True)
             ]
 
         return run
 
-    return compat.rebuild_switch(eqn.params, index, map(unified, branches), operands)
+    branches = [unified(*branch) for branch in traced]
+    return compat.rebuild_switch(eqn.params, index, branches, leaves)
+
+
+def _traced(ctx: Context, branch: Any, leaves: list[Any], treedef: Any) -> tuple[Any, Any]:
+    """A branch interpreted once: the jaxpr over flat arrays, and the structure of its results."""
+    tree = None
+
+    def flat(*leaves: Any) -> list[Any]:
+        nonlocal tree
+        results = interpret(ctx, branch, jax.tree.unflatten(treedef, leaves))
+        arrays, tree = jax.tree.flatten(results)
+        return arrays
+
+    return jax.make_jaxpr(flat)(*leaves), tree
 
 
 def _joint_paths(values: Sequence[Any]) -> tuple[str, ...] | None:

@@ -31,7 +31,8 @@ def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
         pair = _first_and_second(term, eqn.params, weight.shape)
         if pair is None:
             return NotImplemented
-        shares.append(_share(eqn.params, x, weight, term, *pair))
+        dropped = drop(Factor(x, tuple(range(x.ndim))), term, next(ctx.uses)).array
+        shares.append(_share(eqn.params, dropped, weight, term.scale, *pair))
     ctx.factored(weight, eqn)
     return PendingSum(compat.bind(eqn, [x, weight.base]), tuple(shares))
 
@@ -58,7 +59,12 @@ def _first_and_second(
 
 
 def _share(
-    params: dict[str, Any], x: jax.Array, weight: Weight, term: Term, first: Factor, second: Factor
+    params: dict[str, Any],
+    x: jax.Array,
+    weight: Weight,
+    scale: float,
+    first: Factor,
+    second: Factor,
 ) -> jax.Array:
     """s · conv(x, first) · second, in the layout of the equation's output."""
     numbers = params["dimension_numbers"]
@@ -68,9 +74,8 @@ def _share(
     # The thin kernel is laid out as the weight is, with the rank in place of its output features.
     layout = [RANK if d == out_dim else d for d in range(weight.ndim)]
     kernel = _per_group(first.transpose(layout).astype(weight.dtype).array, out_dim, groups)
-    x_dims = tuple(("x", axis) for axis in range(x.ndim))
     convolved = lax.conv_general_dilated(
-        drop(Factor(x, x_dims), term).array,
+        x,
         kernel,
         params["window_strides"],
         params["padding"],
@@ -82,7 +87,7 @@ def _share(
     )  # the output's layout, groups·r features
     feature = numbers.out_spec[1]
     labels = tuple(RANK if axis == feature else ("y", axis) for axis in range(x.ndim))
-    thin, second = scale_smaller(term.scale, Factor(convolved, labels), second)
+    thin, second = scale_smaller(scale, Factor(convolved, labels), second)
     second = second.astype(weight.dtype)
     if groups == 1:
         return _project(thin, second, feature, params)

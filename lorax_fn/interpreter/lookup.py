@@ -27,6 +27,8 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         return NotImplemented
     base = compat.bind(eqn, [weight.base, indices])
     lookup = _Lookup.of(eqn, weight.shape, base.ndim)
+    if not all(lookup.indexed & (t.a.spanned | t.b.spanned) for t in weight.terms):
+        return NotImplemented  # a broadcast dim: no factor would know what is out of bounds
     gathered = Weight(
         base, tuple(t.map(lambda f: lookup(f, indices)) for t in weight.terms), weight.paths
     )
@@ -102,6 +104,9 @@ class _Lookup:
             )
             if d in factor.dims
         ]
+        # Part of an index says neither that the indices are sorted nor that they are unique.
+        n_pairs = len(numbers.operand_batching_dims)
+        whole = (len(columns), len(pairs)) == (len(numbers.start_index_map), n_pairs)
         kept = [d for d in factor.dims if d == RANK or d in self.window]
         first = len(self.batch)
         array = lax.gather(
@@ -117,8 +122,8 @@ class _Lookup:
                 start_indices_batching_dims=tuple(axis for _, axis in pairs),
             ),
             factor.per_axis(self.params["slice_sizes"], rank=lambda r: r),
-            indices_are_sorted=self.params["indices_are_sorted"],
-            unique_indices=self.params["unique_indices"],
+            indices_are_sorted=whole and self.params["indices_are_sorted"],
+            unique_indices=whole and self.params["unique_indices"],
             mode=self._mode(factor),
             fill_value=0,  # out of bounds the base alone is the answer
         )  # (indices…, window…)

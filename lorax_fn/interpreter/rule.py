@@ -9,7 +9,8 @@ added up instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,9 +34,15 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """One evaluation of a jaxpr; `on_event` hears of every meeting, once per leaf of params."""
+    """One evaluation of a jaxpr.
+
+    Attributes:
+        on_event: hears of every meeting, once per leaf of params.
+        uses: numbers the contractions.
+    """
 
     on_event: Callable[[Event], None]
+    uses: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def factored(self, weight: Weight, eqn: Any) -> None:
         """Says that the equation consumed the weight without adding it up."""

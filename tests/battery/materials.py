@@ -27,16 +27,14 @@ class Materials:
         self.case = case
         rng = np.random.default_rng(zlib.crc32(case.name.encode()))
         self.params = {
-            name: _normal(rng, weight.shape, weight.dtype)
-            for name, weight in case.weights.items()
+            name: _normal(rng, weight.shape, weight.dtype) for name, weight in case.weights.items()
         }
         self.initial = initial_factors(case, self.params)
         *self.factors, self.direction = (_redrawn(self.initial, rng) for _ in range(3))
         self.xs = [_draw_inputs(case, rng, j) for j in range(2)]
         shapes = jax.eval_shape(case.fn, self.params, self.xs[0])
         self.cts = [
-            jax.tree.map(lambda s: _normal(rng, s.shape, s.dtype), shapes)
-            for _ in range(2)
+            jax.tree.map(lambda s: _normal(rng, s.shape, s.dtype), shapes) for _ in range(2)
         ]
 
 
@@ -131,9 +129,9 @@ class Expected:
 
     @functools.cache  # noqa: B019
     def gradient(self, f, j):
-        return self._gradient(self.factors(f), j)
+        return self.gradient_at(self.factors(f), j)
 
-    def _gradient(self, factors, j):
+    def gradient_at(self, factors, j):
         inputs, loss = self.inputs(j), self._loss(factors, j)
         return central_difference(lambda factors: loss(factors, inputs), factors)
 
@@ -160,7 +158,7 @@ class Expected:
     def hessian_product(self, f, j):
         """Derivative of the gradient along `materials.direction`."""
         return directional_difference(
-            lambda factors: self._gradient(factors, j),
+            lambda factors: self.gradient_at(factors, j),
             self.factors(f),
             _flat(self.drawn.direction),
             step=1e-4,

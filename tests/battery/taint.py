@@ -102,9 +102,7 @@ def _widened(body, inputs):
 def _labelled(fn, **arguments):
     """(jaxpr, labels) of `fn(*arguments)`; every leaf is labelled with its argument's name."""
     jaxpr = jax.make_jaxpr(fn)(*arguments.values())
-    labels = [
-        frozenset({name}) for name, tree in arguments.items() for _ in jax.tree.leaves(tree)
-    ]
+    labels = [frozenset({name}) for name, tree in arguments.items() for _ in jax.tree.leaves(tree)]
     return jaxpr.jaxpr, labels
 
 

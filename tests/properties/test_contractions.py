@@ -73,7 +73,9 @@ def convolutions(draw):
 
     groups = draw(st.integers(1, 2))
     return {
-        "layout": tuple("".join(draw(st.permutations(ends + letters))) for ends in ("NC", "IO", "NC")),
+        "layout": tuple(
+            "".join(draw(st.permutations(ends + letters))) for ends in ("NC", "IO", "NC")
+        ),
         "sizes": dict(zip(letters, each(2, 4), strict=True)),
         "kernel": dict(zip(letters, each(1, 3), strict=True)),
         "in": draw(st.integers(1, 2)),

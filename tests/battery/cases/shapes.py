@@ -28,9 +28,7 @@ def chain_case(name, fn, reference, *, weight=KERNEL, x=INPUT, more=None, **kwar
 
 def same_value(name, move, **kwargs):
     """A chain link that changes nothing in exact arithmetic."""
-    return chain_case(
-        name, lambda w, x: x["x"] @ move(w, x), lambda w, x: x["x"] @ w, **kwargs
-    )
+    return chain_case(name, lambda w, x: x["x"] @ move(w, x), lambda w, x: x["x"] @ w, **kwargs)
 
 
 def constrained(spec):
@@ -130,9 +128,7 @@ MOVES = [
     ),
     chain_case(
         "broadcast_in_dim",
-        lambda w, x: jnp.einsum(
-            "bed,dek->bek", x["x"], lax.broadcast_in_dim(w, (7, 4, 5), (0, 2))
-        ),
+        lambda w, x: jnp.einsum("bed,dek->bek", x["x"], lax.broadcast_in_dim(w, (7, 4, 5), (0, 2))),
         lambda w, x: x["x"] @ w,
         x=F(3, 4, 7),
     ),
@@ -386,9 +382,7 @@ JOINS = [
         inputs={"x": QKV_INPUT},
         fn=lambda p, x: [
             x["x"] @ part
-            for part in jnp.split(
-                jnp.concatenate([p["q"], p["k"], p["v"]], axis=1), [5, 9], axis=1
-            )
+            for part in jnp.split(jnp.concatenate([p["q"], p["k"], p["v"]], axis=1), [5, 9], axis=1)
         ],
         reference=lambda p, x: [x["x"] @ p[name] for name in "qkv"],
     ),

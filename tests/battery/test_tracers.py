@@ -1,0 +1,26 @@
+"""No tracer leaks, and other values of the factors never compile anew."""
+
+import jax
+import pytest
+
+import lorax_fn as lora
+from tests.battery.cases import FACTORED
+from tests.battery.materials import materials
+from tests.battery.transforms import Run
+
+
+@pytest.mark.parametrize("case", FACTORED, ids=repr)
+def test_no_tracer_leaks(case):
+    drawn, run = materials(case), Run(case, lora.wrap(case.fn))
+    with jax.checking_leaks():
+        jax.eval_shape(run.step, drawn.factors[0], drawn.xs[0], drawn.cts[0])
+
+
+@pytest.mark.parametrize("case", FACTORED[::9], ids=repr)
+def test_other_factors_compile_nothing(case):
+    drawn, run = materials(case), Run(case, lora.wrap(case.fn))
+    step = jax.jit(run.step)
+    for factors in (drawn.initial, *drawn.factors):
+        for x, ct in zip(drawn.xs, drawn.cts, strict=True):
+            step(factors, x, ct)
+    assert step._cache_size() == 1
