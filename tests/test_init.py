@@ -32,7 +32,7 @@ def test_shapes_and_structure(params, axes):
     assert factors["b"] is None
     assert (factors["stack"].a.shape, factors["stack"].b.shape) == ((3, 256, 4), (3, 4, 256))
     assert (factors["w"].a.shape, factors["w"].b.shape) == ((256, 4), (4, 64))
-    is_none = lambda node: node is None or hasattr(node, "axes")  # noqa: E731
+    is_none = lambda node: node is None or hasattr(node, "axes")
     flat = jax.tree.structure(jax.tree.map(lambda _: 0, factors, is_leaf=is_none))
     assert flat == jax.tree.structure(params)
 

@@ -14,7 +14,7 @@ def apply_fn(params, x):
 
 @pytest.fixture
 def report():
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)  # noqa: E731
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     params = {"stack": shape(3, 64, 64), "odd": shape(64, 8), "b": shape(8)}
     x = shape(5, 64)
     rules = [lora.LoRA(["stack", "odd"], rank=4, alpha=6), lora.Full("b")]

@@ -4,13 +4,11 @@ import inspect as python_inspect
 import re
 import warnings
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lorax_fn as lora
-from tests.battery.cases.dense import ADDED_UP, KERNEL
+from tests.battery.cases.dense import ADDED_UP
 from tests.battery.materials import assert_close, expected, materials
 from tests.battery.transforms import TRANSFORMS, Run
 

@@ -29,7 +29,7 @@ def random_factors(rng, weight, roles, rank):
 
 
 def largest_rank(shape, roles):
-    sizes = {role: 1 for role in "bco"}
+    sizes = dict.fromkeys("bco", 1)
     for size, role in zip(shape, roles, strict=True):
         sizes[role] *= size
     return min(sizes["c"], sizes["o"])

@@ -1,7 +1,6 @@
 """Random dimension numbers: any dot_general, any convolution, weight on either side."""
 
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from jax import lax
 
 from tests import reference

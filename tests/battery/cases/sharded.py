@@ -1,15 +1,12 @@
 """shard_map over eight devices: the weight replicated, or cut along any of its roles."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
-from tests.battery.case import F, OneOf, OpCase, W
+from tests.battery.case import F, OpCase, W
 
 # Plain JAX cannot nest a second mesh over the same devices.
 NO_PMAP = frozenset({"pmap"})
