@@ -55,8 +55,8 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 
 def source_line(eqn: Any) -> str:
-    """Where in the user's code the equation was traced, as `file:line (function)`."""
-    return source_info_util.summarize(eqn.source_info) or "an unknown line"
+    """Where in the user's code the equation was traced, as `file:line (function)`, or ""."""
+    return source_info_util.summarize(eqn.source_info)
 
 
 def prune(closed: Any) -> Any:

@@ -32,7 +32,7 @@ def _jit(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     params = eqn.params
     placed = list(map(_constrained, operands, params["in_shardings"]))
     with jax.named_scope(f"jit({params['name']})"):
-        results = interpret_in_place(ctx, params["jaxpr"], placed)
+        results = interpret_in_place(ctx.within(eqn), params["jaxpr"], placed)
     return list(map(_constrained, results, params["out_shardings"]))
 
 

@@ -39,10 +39,17 @@ class Context:
     Attributes:
         on_event: hears of every meeting, once per leaf of params.
         uses: numbers the contractions.
+        enclosing: the source line of the `jit` equation around, for equations that have none: those
+            within a jitted function of `jax.numpy` do not.
     """
 
     on_event: Callable[[Event], None]
     uses: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    enclosing: str = "an unknown line"
+
+    def within(self, eqn: Any) -> Context:
+        """The context of a jaxpr that an equation holds."""
+        return dataclasses.replace(self, enclosing=self._line(eqn))
 
     def factored(self, weight: Weight, eqn: Any) -> None:
         """Says that the equation consumed the weight without adding it up."""
@@ -66,7 +73,10 @@ class Context:
     def _tell(self, weight: Weight, eqn: Any, *, dense: bool) -> None:
         for path in weight.paths:
             name = eqn.primitive.name
-            self.on_event(Event(path, name, compat.source_line(eqn), dense))
+            self.on_event(Event(path, name, self._line(eqn), dense))
+
+    def _line(self, eqn: Any) -> str:
+        return compat.source_line(eqn) or self.enclosing
 
 
 def apply_rule(ctx: Context, eqn: Any, operands: list[Any]) -> Any:
