@@ -47,14 +47,15 @@ def test_the_merged_file_is_the_published_one_plus_scaled_factors(run):
     assert np.abs(change).max() > 1e-3
     np.testing.assert_allclose(merged[QUERY], original[QUERY] + change.T, rtol=0, atol=1e-6)
     changed = {name for name in original if not np.array_equal(merged[name], original[name])}
-    assert changed == {n for n in original if n.startswith("encoder") and original[n].ndim == 2}
+    kernels = {n for n in original if n.startswith("encoder") and original[n].ndim == 2}
+    assert changed == kernels | {"embeddings.word_embeddings.weight"}
 
 
 def test_lora_trains_few_parameters_and_keeps_optimiser_state_for_no_others(run):
     frozen, adapted, full = run.results["runs"].values()
-    layers, width, mlp, classes = 6, 384, 1536, 26
+    layers, width, mlp, classes, vocabulary = 6, 384, 1536, 26, 30522
     head = (width + 1) * classes
-    factors = layers * RANK * (4 * 2 * width + 2 * (width + mlp))
+    factors = layers * RANK * (4 * 2 * width + 2 * (width + mlp)) + RANK * (vocabulary + width)
     assert frozen["parameters"] == head
     assert adapted["parameters"] == head + factors
     assert full["parameters"] > 22_000_000

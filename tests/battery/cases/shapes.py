@@ -338,17 +338,19 @@ SCALINGS = [
         x=F(2, 6, 4),
         more={"v": F(5)},
     ),
-    chain_case(
-        "plus_array",
-        lambda w, x: x["x"] @ (w + x["y"]),
-        lambda w, x: x["x"] @ (w + x["y"]),
-        more={"y": F(7, 5)},
+    OpCase(
+        name="chain/plus_array",
+        weights={"w": KERNEL, "residual": Plain(7, 5)},
+        inputs={"x": INPUT},
+        fn=lambda p, x: x["x"] @ (p["w"] + p["residual"]),
+        reference=lambda p, x: x["x"] @ (p["w"] + p["residual"]),
     ),
-    chain_case(
-        "array_minus_weight",
-        lambda w, x: x["x"] @ (x["y"] - w),
-        lambda w, x: x["x"] @ (x["y"] - w),
-        more={"y": F(7, 5)},
+    OpCase(
+        name="chain/array_minus_weight",
+        weights={"w": KERNEL, "residual": Plain(7, 5)},
+        inputs={"x": INPUT},
+        fn=lambda p, x: x["x"] @ (p["residual"] - p["w"]),
+        reference=lambda p, x: x["x"] @ (p["residual"] - p["w"]),
     ),
     OpCase(
         name="chain/times_trained_vector",
