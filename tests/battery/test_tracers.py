@@ -8,7 +8,6 @@ from tests.battery.cases import FACTORED
 from tests.battery.materials import materials
 from tests.battery.transforms import Run
 
-
 # JAX's own psum under shard_map is reported as a leak, without any adapter.
 LEAKS_IN_JAX = {"shard_map/on_contract"}
 
