@@ -55,11 +55,14 @@ def test_a_dict_key_called_value_stays():
     ]
 
 
+module_list = getattr(nnx, "List", list)  # before flax 0.12 a plain list did
+
+
 class NnxAttention(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
         self.value = nnx.Linear(2, 2, use_bias=False, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(2, 2, use_bias=False, rngs=rngs)])
+        self.layers = module_list([nnx.Linear(2, 2, use_bias=False, rngs=rngs)])
 
 
 @pytest.mark.parametrize("as_state", [True, False], ids=["state", "module"])

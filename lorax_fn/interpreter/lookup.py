@@ -27,16 +27,26 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         return NotImplemented
     base = compat.bind(eqn, [weight.base, indices])
     lookup = _Lookup.of(eqn, weight.shape, base.ndim)
-    if not all(lookup.indexed & (t.a.spanned | t.b.spanned) for t in weight.terms):
-        return NotImplemented  # a broadcast dim: no factor would know what is out of bounds
-    gathered = Weight(
-        base, tuple(t.map(lambda f: lookup(f, indices)) for t in weight.terms), weight.paths
-    )
+    terms = [_spanning(term, lookup.checked, weight.shape) for term in weight.terms]
+    if None in terms:
+        return NotImplemented
+    gathered = Weight(base, tuple(t.map(lambda f: lookup(f, indices)) for t in terms), weight.paths)
     activations = [
         lookup.is_activation(before) or after.is_thin
         for before, after in zip(weight.terms, gathered.terms, strict=True)
     ]
     return finish(ctx, eqn, gathered, activations)
+
+
+def _spanning(term: Term, dims: frozenset[int], shape: Sequence[int]) -> Term | None:
+    """The term with each of these dims spanned by A or B; None if that would make a factor longer.
+
+    Where indices may be out of bounds, a factor has to know of them: the term is zero there.
+    """
+    loose = sorted(dims - term.a.spanned - term.b.spanned)
+    if any(shape[d] != 1 for d in loose):
+        return None
+    return dataclasses.replace(term, a=term.a.widen(loose, [1] * len(loose)))
 
 
 def finish(ctx: Context, eqn: Any, weight: Weight, finished: Sequence[bool]) -> Any:
@@ -66,6 +76,12 @@ class _Lookup:
     window: dict[int, int]  # dims that survive → the result's dim that each becomes
     batch: tuple[int, ...]  # the result's dims that come from the indices
     indexed: frozenset[int]  # dims along which the result depends on the indices
+
+    @property
+    def checked(self) -> frozenset[int]:
+        """The indexed dims along which an index may be out of bounds, and means nothing then."""
+        fills = self.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        return self.indexed if fills else frozenset()
 
     @classmethod
     def of(cls, eqn: Any, shape: Sequence[int], out_ndim: int) -> _Lookup:

@@ -6,6 +6,7 @@ from jax import lax
 
 from tests.battery.case import HALF, F, OpCase, W
 from tests.reference import conv, same_padding
+from tests.versions import BEFORE_0_10
 
 NWC = ("NWC", "WIO", "NWC")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -161,5 +162,6 @@ CASES = [
         ),
         reference=lambda p, x: conv(x["x"], p["w"], NWC),
         tolerance=HALF,
+        reverse=not BEFORE_0_10,  # jax 0.8 transposes it with two dtypes, and refuses that
     ),
 ]

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from tests.battery.case import F, OneOf, OpCase, W
 from tests.reference import conv, ragged_contraction, softmax
+from tests.versions import BEFORE_0_10
 
 KERNEL = W("co", 7, 5)
 INPUT = F(3, 7)
@@ -246,6 +247,8 @@ ADDED_UP = [
         lambda p, x: conv(x["x"], p["w"], ("NWC", "WIO", "NWC"), batch_groups=2),
         weight=W("cco", 3, 4, 6),
         more={"x": F(4, 7, 4)},
+        # Compiled by jaxlib 0.8, plain JAX has another gradient for a kernel that is computed.
+        without=frozenset({"jvp"} if BEFORE_0_10 else ()),
     ),
     case(
         "contraction_in_groups",
