@@ -27,8 +27,9 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         return NotImplemented
     base = compat.bind(eqn, [weight.base, indices])
     lookup = _Lookup.of(eqn, weight.shape, base.ndim)
-    terms = [_spanning(term, lookup.checked, weight.shape) for term in weight.terms]
-    if None in terms:
+    spanning = [_spanning(term, lookup.checked, weight.shape) for term in weight.terms]
+    terms = [term for term in spanning if term is not None]
+    if len(terms) < len(spanning):
         return NotImplemented
     gathered = Weight(base, tuple(t.map(lambda f: lookup(f, indices)) for t in terms), weight.paths)
     activations = [
