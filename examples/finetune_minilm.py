@@ -45,7 +45,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="regex on whole paths: the weights that LoRA adapts",
     )
     add("--lr", type=float, default=2e-3, help="peak learning rate of LoRA and its head")
-    add("--steps", type=positive, default=150, help="training steps")
+    add("--steps", type=positive, default=220, help="training steps")
     add("--batch", type=positive, default=32, help="examples a step")
     add("--length", type=positive, default=32, help="tokens of a docstring that are read")
     add("--seed", type=int, default=0, help="draws the factors and the order of the examples")
