@@ -2,7 +2,20 @@
 
 from importlib.metadata import version as _version
 
-from lorax_fn.adapters import Frozen, Full, LoRA
+from lorax_fn.adapters import (
+    IA3,
+    AdaLoRA,
+    DoRA,
+    Frozen,
+    Full,
+    LoHa,
+    LoKr,
+    LoRA,
+    RankBudget,
+    TrainableTokens,
+    VeRA,
+    orthogonality,
+)
 from lorax_fn.axes import Axes, infer_axes
 from lorax_fn.errors import (
     AdapterFileError,
@@ -13,29 +26,41 @@ from lorax_fn.errors import (
     TargetError,
 )
 from lorax_fn.init import init
-from lorax_fn.optim import freeze, trainable_mask
+from lorax_fn.optim import freeze, lora_plus, param_labels, precondition, trainable_mask
 from lorax_fn.report import Report, inspect
 from lorax_fn.transform import merge, unmerge, wrap
 
 __version__ = _version("lorax-fn")
 
 __all__ = [
+    "IA3",
+    "AdaLoRA",
     "AdapterFileError",
     "Axes",
     "AxesError",
     "DenseWarning",
+    "DoRA",
     "Frozen",
     "Full",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoraError",
+    "RankBudget",
     "Report",
     "StructureError",
     "TargetError",
+    "TrainableTokens",
+    "VeRA",
     "freeze",
     "infer_axes",
     "init",
     "inspect",
+    "lora_plus",
     "merge",
+    "orthogonality",
+    "param_labels",
+    "precondition",
     "trainable_mask",
     "unmerge",
     "wrap",

@@ -29,12 +29,16 @@ def float64(array):
     return array.astype(np.float64) if is_float else array
 
 
-def central_difference(scalar_fn, arrays, step=1e-5):
-    """Gradient of `scalar_fn(arrays)` with respect to each float64 array of the list `arrays`."""
+def central_difference(scalar_fn, arrays, wanted=None, step=1e-5):
+    """Gradient of `scalar_fn(arrays)` with respect to each float64 array of the list `arrays`.
+
+    It is zero for those that `wanted`, a list of bools, leaves out.
+    """
     gradients = []
     for position, array in enumerate(arrays):
         gradient = np.zeros_like(array)
-        for index in np.ndindex(array.shape):
+        skipped = wanted is not None and not wanted[position]
+        for index in [] if skipped else np.ndindex(array.shape):
             plus, minus = array.copy(), array.copy()
             plus[index] += step
             minus[index] -= step

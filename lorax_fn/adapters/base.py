@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
 
 from lorax_fn.axes import Axes
 from lorax_fn.interpreter import Weight
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A field of a node that is no child of the pytree but part of its structure."""
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 class Rule(abc.ABC):

@@ -9,19 +9,27 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule
+from lorax_fn.adapters.base import Adapter, Rule, static
 from lorax_fn.adapters.initializers import INITIALIZERS, Initializer
+from lorax_fn.adapters.low_rank import (
+    check_alpha,
+    check_dtype,
+    check_fits,
+    check_largest_rank,
+    check_probability,
+    check_rank,
+    draw,
+    resolve_axes,
+    split_shape,
+)
+from lorax_fn.adapters.spectral import SPECTRAL, start_from
 from lorax_fn.axes import Axes
-from lorax_fn.errors import AxesError, LoraError, StructureError, TargetError
+from lorax_fn.errors import LoraError
 from lorax_fn.interpreter import RANK, Factor, Term, Weight
 from lorax_fn.targets import Targets
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -35,15 +43,20 @@ class LoRAFactors(Adapter):
         scale: alpha/rank, or alpha/√rank with rsLoRA.
         axes: the roles of the weight's dims.
         dropout: the probability of dropping an input of A while `lora_key` is given.
+        freeze_a: whether b alone is trained (LoRA-FA).
+        start: frozen (a, b) that are taken off the weight, so that factors which do not start at
+            zero (PiSSA, OLoRA, …) start at the base model all the same; or None.
     """
 
     kind: ClassVar[str] = "LoRA"
 
     a: Any
     b: Any
-    scale: float = _static()
-    axes: Axes = _static()
-    dropout: float = _static()
+    scale: float = static()
+    axes: Axes = static()
+    dropout: float = static()
+    freeze_a: bool = static(False)
+    start: tuple[Any, Any] | None = None
 
     @property
     def rank(self) -> int:
@@ -52,45 +65,47 @@ class LoRAFactors(Adapter):
 
     def check(self, path: str, leaf: Any) -> None:
         """Raises `StructureError` unless a and b have the shapes that the leaf's shape demands."""
-        for name, array in (("the weight", leaf), ("a", self.a), ("b", self.b)):
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise StructureError(
-                    f"at {path!r} {name} has dtype {array.dtype}; wanted a floating one. Were the "
-                    "factors made for these params? Call lora.init on them again."
-                )
-        if leaf.ndim == self.axes.ndim:
-            batch, contract, out = _split_shape(leaf.shape, self.axes)
-            wanted = (*batch, *contract, self.rank), (*batch, self.rank, *out)
-            if (self.a.shape, self.b.shape) == wanted:
-                return
-        raise StructureError(
-            f"factors at {path!r} have a{list(self.a.shape)}, b{list(self.b.shape)} with "
-            f"{self.axes}, which do not fit the weight's shape {list(leaf.shape)}. Were they made "
-            "for these params? Call lora.init on them again."
-        )
+        batch, contract, out = split_shape(leaf.shape, self.axes)
+        wanted = {"a": (*batch, *contract, self.rank), "b": (*batch, self.rank, *out)}
+        parts = {"a": (self.a, wanted["a"]), "b": (self.b, wanted["b"])}
+        if self.start is not None:
+            parts |= {f"start {name}": (array, wanted[name])
+                      for name, array in zip("ab", self.start, strict=True)}  # fmt: skip
+        check_fits(path, leaf, self.axes, parts)
 
     def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
         """The symbolic sum of the leaf and the low-rank term."""
-        return Weight(leaf, (self._term(leaf.shape, key),), (path,))
+        return Weight(leaf, self.terms(leaf.shape, key), (path,))
 
     def remove(self, merged: Any, path: str) -> jax.Array:
         """W = merged - ΔW, formed in float32 or wider."""
-        term = self._term(merged.shape, None)
-        term = dataclasses.replace(term, scale=-term.scale)
-        return Weight(merged, (term,), (path,)).add_up()
+        terms = self.terms(merged.shape, None)
+        terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in terms)
+        return Weight(merged, terms, (path,)).add_up()
 
     def trainable(self) -> LoRAFactors:
-        """Both factors are trained."""
-        return dataclasses.replace(self, a=True, b=True)
+        """Both factors are trained, or b alone; what was taken off the weight is not."""
+        start = None if self.start is None else (False, False)
+        return dataclasses.replace(self, a=not self.freeze_a, b=True, start=start)
 
-    def _term(self, shape: Sequence[int], key: jax.Array | None) -> Term:
-        batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Term, ...]:
+        """s·A·B, and what is taken off the weight."""
         keys = None
         if key is not None and self.dropout > 0.0:
+            batch = self.axes.batch
             keys = Factor(jax.random.split(key, tuple(shape[d] for d in batch)), batch)
-        a = Factor(self.a, (*batch, *contract, RANK))
-        b = Factor(self.b, (*batch, RANK, *out))
-        return Term(a, b, keys, self.scale, self.dropout)
+        a = lax.stop_gradient(self.a) if self.freeze_a else self.a
+        term = Term(self._a(a), self._b(self.b), keys, self.scale, self.dropout)
+        if self.start is None:
+            return (term,)
+        start_a, start_b = map(lax.stop_gradient, self.start)
+        return term, Term(self._a(start_a), self._b(start_b), None, -self.scale, 0.0)
+
+    def _a(self, array: Any) -> Factor:
+        return Factor(array, (*self.axes.batch, *self.axes.contract, RANK))
+
+    def _b(self, array: Any) -> Factor:
+        return Factor(array, (*self.axes.batch, RANK, *self.axes.out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +120,11 @@ class LoRA(Rule):
         rslora: scale by alpha/√rank instead (Kalajdzievski 2023, arXiv:2312.03732).
         dropout: probability of dropping an input of A; acts when `lora_key` is given to the
             wrapped function.
-        init: how A starts: "kaiming", "gaussian", "orthogonal", or a function
-            (key, (fan_in, rank), dtype) -> array. B starts at zero.
+        init: how the factors start. "kaiming", "gaussian", "orthogonal" or a function
+            (key, (fan_in, rank), dtype) -> array draw A, and B starts at zero. "pissa",
+            "pissa_niter_4" (any number of iterations) and "olora" take both from W itself.
         dtype: the factors' dtype, whatever the weight's; float32 keeps half-precision bases stable.
+        freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
         exclude: leaves to leave out, in any form that `targets` takes.
         axes: the roles of the dims of every targeted weight, where `init` is given no axes.
 
@@ -126,25 +143,24 @@ class LoRA(Rule):
     dropout: float = 0.0
     init: str | Initializer = "kaiming"
     dtype: DTypeLike = jnp.float32
+    freeze_a: bool = False
     exclude: Targets | None = None
     axes: Axes | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int | np.integer):
-            raise LoraError(f"rank={self.rank!r} is no integer; wanted one of at least 1.")
-        if self.rank < 1:
-            raise LoraError(f"rank={self.rank} is below 1; wanted at least 1.")
-        if self.alpha is not None and not _is_finite(self.alpha):
-            raise LoraError(f"alpha={self.alpha!r} is no finite number; None means alpha = rank.")
-        if not _is_finite(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise LoraError(f"dropout={self.dropout!r} is no probability in [0, 1).")
-        if not callable(self.init) and self.init not in INITIALIZERS:
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_probability("dropout", self.dropout)
+        known = isinstance(self.init, str) and (
+            self.init in INITIALIZERS or SPECTRAL.fullmatch(self.init)
+        )
+        if not callable(self.init) and not known:
+            names = sorted([*INITIALIZERS, "olora", "pissa", "pissa_niter_4"])
             raise LoraError(
-                f"init={self.init!r} is unknown; wanted one of {sorted(INITIALIZERS)} or a "
+                f"init={self.init!r} is unknown; wanted one of {names} or a "
                 "function (key, shape, dtype) -> array."
             )
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise LoraError(f"dtype={self.dtype!r} is no floating dtype; float32 is the default.")
+        check_dtype(self.dtype)
 
     @property
     def scale(self) -> float:
@@ -153,66 +169,15 @@ class LoRA(Rule):
         return float(alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> LoRAFactors:
-        """Draws the factors of one weight: A by `init`, B zero."""
-        axes = self._resolved_axes(path, leaf, axes)
-        batch, contract, out = _split_shape(leaf.shape, axes)
-        largest = min(math.prod(contract), math.prod(out))
-        if self.rank > largest:
-            raise LoraError(
-                f"rank={self.rank} is above {largest}, the most that {path!r} of shape "
-                f"{list(leaf.shape)} with {axes} can have. Lower the rank, or exclude the leaf."
-            )
-        return LoRAFactors(
-            a=self._draw(key, batch, contract),
-            b=jnp.zeros((*batch, self.rank, *out), self.dtype),
-            scale=self.scale,
-            axes=axes,
-            dropout=float(self.dropout),
-        )
-
-    def _draw(self, key: jax.Array, batch: Sequence[int], contract: Sequence[int]) -> jax.Array:
-        """A of shape (batch…, contract…, r), every batch index drawn on its own."""
-        draw = self.init if callable(self.init) else INITIALIZERS[self.init]
-        shape = (math.prod(contract), self.rank)
-        if batch:
-            keys = jax.random.split(key, math.prod(batch))
-            drawn = jax.vmap(lambda k: draw(k, shape, self.dtype))(keys)
+        """The factors of one weight: A drawn and B zero, or both from the weight."""
+        axes = resolve_axes(type(self).__name__, path, leaf, self.axes or axes)
+        check_largest_rank(path, leaf, axes, self.rank)
+        batch, contract, out = split_shape(leaf.shape, axes)
+        start = None
+        if isinstance(self.init, str) and SPECTRAL.fullmatch(self.init):
+            a, b = start_from(self.init, key, leaf, axes, self.rank, self.scale, self.dtype)
+            start = (a, b)
         else:
-            drawn = draw(key, shape, self.dtype)
-        return drawn.reshape(*batch, *contract, self.rank)
-
-    def _resolved_axes(self, path: str, leaf: Any, axes: Axes | None) -> Axes:
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or not jnp.issubdtype(
-            leaf.dtype, jnp.floating
-        ):
-            raise TargetError(
-                f"{path!r} has dtype {leaf.dtype}; LoRA adapts real floating weights. "
-                "Exclude the leaf."
-            )
-        if leaf.ndim < 2:
-            raise TargetError(
-                f"{path!r} has shape {list(leaf.shape)}; LoRA needs at least two dims to factor. "
-                "Exclude the leaf, or train it whole with lora.Full."
-            )
-        axes = self.axes or axes or (Axes(contract=(0,), out=(1,)) if leaf.ndim == 2 else None)
-        if axes is None:
-            raise AxesError(
-                f"the axes of {path!r}, shape {list(leaf.shape)}, are unknown. Call "
-                "axes = lora.infer_axes(apply_fn, params, *args) and pass axes=axes to lora.init "
-                "(if it finds no contraction of this leaf, exclude it), or give the rule axes=."
-            )
-        if axes.ndim != leaf.ndim or not axes.contract or not axes.out:
-            raise AxesError(
-                f"{axes} do not fit {path!r} of shape {list(leaf.shape)}; wanted {leaf.ndim} dims "
-                "with at least one to contract and one out."
-            )
-        return axes
-
-
-def _split_shape(shape: Sequence[int], axes: Axes) -> list[tuple[int, ...]]:
-    """The lengths of the batch, contract and out dims."""
-    return [tuple(shape[d] for d in dims) for dims in (axes.batch, axes.contract, axes.out)]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and math.isfinite(value)
+            a = draw(self.init, key, batch, contract, self.rank, self.dtype)
+            b = jnp.zeros((*batch, self.rank, *out), self.dtype)
+        return LoRAFactors(a, b, self.scale, axes, float(self.dropout), self.freeze_a, start)

@@ -13,9 +13,20 @@ from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they re
     lookup,
     shapes,
 )
-from lorax_fn.interpreter.factor import RANK, Factor
+from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
+from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.loop import interpret
 from lorax_fn.interpreter.rule import Context, Event
 from lorax_fn.interpreter.weight import Term, Weight
 
-__all__ = ["RANK", "Context", "Event", "Factor", "Term", "Weight", "interpret"]
+__all__ = [
+    "RANK",
+    "Context",
+    "Event",
+    "Factor",
+    "KroneckerTerm",
+    "Term",
+    "Weight",
+    "interpret",
+    "labelled_dot",
+]

@@ -20,9 +20,10 @@ from jax import lax
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
+from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.pending import PendingSum
 from lorax_fn.interpreter.rule import RULES, Context
-from lorax_fn.interpreter.weight import Term, Weight
+from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
 
 Dot = Callable[..., Factor]
 
@@ -47,7 +48,17 @@ class Contraction:
 
     def shares(self, ctx: Context, x: Factor, weight: Weight) -> tuple[jax.Array, ...]:
         """The share of every term."""
-        return tuple(self.low_rank(x, term, next(ctx.uses)) for term in weight.terms)
+        return tuple(
+            self.kronecker(x, term, weight.shape)
+            if isinstance(term, KroneckerTerm)
+            else self.low_rank(x, term, next(ctx.uses))
+            for term in weight.terms
+        )
+
+    def kronecker(self, x: Factor, term: KroneckerTerm, shape: tuple[int, ...]) -> jax.Array:
+        """The share of a Kronecker term, of the result's shape."""
+        x = x.astype(joint_dtype(x.array.dtype, self.dtype))
+        return term.share(x, shape, self.summed, self.out, self.dot).reshape(self.shape)
 
     def low_rank(self, x: Factor, term: Term, use: int) -> jax.Array:
         """The share of one term: s · x·first·second, of the result's shape.
@@ -63,15 +74,50 @@ class Contraction:
         first = first.widen(missing, [x.length(d) for d in missing])
 
         later = (*self.out, *second.dims)
+        x, gains = apply_gains(x, term.gains)
         thin = self.dot(drop(x, term, use), first.astype(dtype), later)  # (x's free dims…, r)
-        thin = thin.astype(dtype)
+        thin, gains = apply_gains(thin.astype(dtype), gains)
         thin, second = scale_smaller(term.scale, thin, second)
         second = _in_order(second, [d for d in self.out if d not in thin.dims])
         wide = self.dot(thin, second.astype(dtype), self.out)  # (x's free…, w's free…)
+        wide, _ = apply_gains(wide, gains)
         missing = [d for d in self.out if d not in wide.dims]
         lengths = dict(zip(self.out, self.shape, strict=True))
         wide = wide.widen(missing, [lengths[d] for d in missing])
         return wide.transpose(self.out).array
+
+
+def apply_gains(x: Factor, gains: Sequence[Factor]) -> tuple[Factor, tuple[Factor, ...]]:
+    """Multiplies x by the gains that it spans, in float32 or wider: (x, the other gains)."""
+    now = [gain for gain in gains if set(gain.dims) <= set(x.dims)]
+    later = tuple(gain for gain in gains if not set(gain.dims) <= set(x.dims))
+    if not now:
+        return x, later
+    scaled = x.astype(wide_dtype(x.array.dtype))
+    for gain in now:
+        scaled = scaled.times(gain)
+    return scaled.astype(x.array.dtype), later
+
+
+def can_gain(
+    x: Any, labels: Sequence[Label], gains: Sequence[Factor], summed: Sequence[int]
+) -> bool:
+    """Whether each gain can be applied to x, or to the result because none of it is summed over."""
+    for gain in gains:
+        on_x = set(gain.dims) <= set(labels)
+        if on_x and not jnp.issubdtype(x.dtype, jnp.floating):
+            return False
+        if not on_x and gain.spanned & set(summed):
+            return False
+    return True
+
+
+def gained(total: PendingSum, labels: Sequence[Label], gains: Sequence[Factor]) -> Any:
+    """The result of a contraction, its dims labelled, with the weight's remaining gains applied."""
+    if not gains:
+        return total
+    result, _ = apply_gains(Factor(total.settle(), tuple(labels)), gains)
+    return result.array
 
 
 def joint_dtype(x: Any, weight: Any) -> Any:
@@ -127,7 +173,11 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
     x_free = [label for axis, label in enumerate(x_labels) if axis not in meeting]
     w_free = [d for d in range(weight.ndim) if d not in meeting.values()]
     free = (*w_free, *x_free) if weight_is_lhs else (*x_free, *w_free)
+    if not can_gain(x, x_labels, weight.gains, contracted[w_side]):
+        return NotImplemented
 
+    labelled, gains = apply_gains(Factor(x, x_labels), weight.gains)
+    x = labelled.array
     base = compat.bind(eqn, [weight.base, x] if weight_is_lhs else [x, weight.base])
     contraction = Contraction(
         summed=frozenset(contracted[w_side]),
@@ -142,8 +192,8 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
         ),
     )
     ctx.factored(weight, eqn)
-    x = Factor(x, x_labels)
-    return PendingSum(base, contraction.shares(ctx, x, weight))
+    total = PendingSum(base, contraction.shares(ctx, labelled, weight))
+    return gained(total, contraction.out, gains)
 
 
 def _dot(
@@ -183,9 +233,15 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
     w_free = [d for d in range(weight.ndim) if d not in (*meeting.values(), *groups)]
 
     # Rows of no group give zero: at least one factor has to know the groups.
-    grouped = tuple(_spanning(term, groups[0], weight.shape) for term in weight.terms)
+    grouped = tuple(_spanning(term.folded(), groups[0], weight.shape) for term in weight.terms)
     weight = dataclasses.replace(weight, terms=grouped)
-    base = compat.bind(eqn, [x, weight.base, group_sizes])
+    rows = ("x", ragged[0])
+    n_rows = x.shape[ragged[0]]
+    by_row = [_by_row(g, groups[0], rows, n_rows, eqn, group_sizes) for g in weight.gains]
+    if (group_sizes.ndim > 1 and weight.gains) or not can_gain(x, x_labels, by_row, w_summed):
+        return NotImplemented
+    labelled, gains = apply_gains(Factor(x, x_labels), by_row)
+    base = compat.bind(eqn, [labelled.array, weight.base, group_sizes])
     contraction = Contraction(
         summed=frozenset(w_summed),
         out=(*w_batch, *x_free, *w_free),
@@ -194,7 +250,7 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
         dot=functools.partial(
             _ragged_dot,
             group=groups[0],
-            ragged=("x", ragged[0]),
+            ragged=rows,
             group_sizes=group_sizes,
             precision=eqn.params["precision"],
             preferred_element_type=eqn.params["preferred_element_type"],
@@ -202,8 +258,26 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
         ),
     )
     ctx.factored(weight, eqn)
-    x = Factor(x, x_labels)
-    return PendingSum(base, contraction.shares(ctx, x, weight))
+    total = PendingSum(base, contraction.shares(ctx, labelled, weight))
+    return gained(total, contraction.out, gains)
+
+
+def _by_row(
+    gain: Factor, group: int, rows: Label, n_rows: int, eqn: Any, group_sizes: Any
+) -> Factor:
+    """A gain that differs between the groups, as one that differs between the rows of x."""
+    if group not in gain.dims:
+        return gain
+    gain = gain.lead_with(group)
+    groups, *lengths = gain.array.shape
+    ones = jnp.ones((n_rows, 1), gain.array.dtype)
+    by_row = lax.ragged_dot(
+        ones,
+        gain.array.reshape(groups, 1, -1),
+        group_sizes,
+        group_offset=eqn.params["group_offset"],
+    )  # (rows, the gain's other dims)
+    return Factor(by_row.reshape(n_rows, *lengths), (rows, *gain.dims[1:]))
 
 
 def _spanning(term: Term, dim: int, shape: tuple[int, ...]) -> Term:

@@ -15,9 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter import compat
-from lorax_fn.interpreter.contractions import order_factors, scale_smaller
+from lorax_fn.interpreter.contractions import (
+    apply_gains,
+    can_gain,
+    gained,
+    order_factors,
+    scale_smaller,
+)
 from lorax_fn.interpreter.dropout import drop
-from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
+from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
 from lorax_fn.interpreter.pending import PendingSum
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
@@ -26,15 +32,32 @@ from lorax_fn.interpreter.weight import Term, Weight
 def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
     if isinstance(x, Weight) or eqn.params["batch_group_count"] != 1:
         return NotImplemented
+    x_labels, out_labels = _feature_labels(eqn.params, x.ndim)
+    if not can_gain(x, x_labels, weight.gains, eqn.params["dimension_numbers"].rhs_spec[1:]):
+        return NotImplemented
+    labelled, gains = apply_gains(Factor(x, x_labels), weight.gains)
+    x = labelled.array
     shares = []
-    for term in weight.terms:
+    for term in [term.folded() for term in weight.terms]:
         pair = _first_and_second(term, eqn.params, weight.shape)
         if pair is None:
             return NotImplemented
         dropped = drop(Factor(x, tuple(range(x.ndim))), term, next(ctx.uses)).array
         shares.append(_share(eqn.params, dropped, weight, term.scale, *pair))
     ctx.factored(weight, eqn)
-    return PendingSum(compat.bind(eqn, [x, weight.base]), tuple(shares))
+    total = PendingSum(compat.bind(eqn, [x, weight.base]), tuple(shares))
+    return gained(total, out_labels, gains)
+
+
+def _feature_labels(params: dict[str, Any], ndim: int) -> tuple[tuple[Label, ...], ...]:
+    """The labels of x's and of the result's dims: the features are the kernel's, if not grouped."""
+    numbers = params["dimension_numbers"]
+    out_dim, in_dim, *_ = numbers.rhs_spec
+    grouped = params["feature_group_count"] != 1
+    x_features = None if grouped else numbers.lhs_spec[1]
+    x = tuple(in_dim if axis == x_features else ("x", axis) for axis in range(ndim))
+    out = tuple(out_dim if axis == numbers.out_spec[1] else ("y", axis) for axis in range(ndim))
+    return x, out
 
 
 def _first_and_second(

@@ -66,7 +66,7 @@ def _rev(ctx: Context, eqn: Any, weight: Weight) -> Weight:
 
 
 def _pad(ctx: Context, eqn: Any, weight: Any, value: Any) -> Any:
-    if not isinstance(weight, Weight) or isinstance(value, Weight):
+    if not isinstance(weight, Weight) or isinstance(value, Weight) or weight.gains:
         return NotImplemented
     config = eqn.params["padding_config"]
     base = compat.bind(eqn, [weight.base, value])
@@ -80,6 +80,7 @@ def pad_term(term: Term, config: Sequence, dims: Sequence[int], shape: Sequence[
 
     Whatever value the base is padded with belongs to the base alone.
     """
+    term = term.folded()
     loose = [d for d in dims if d not in term.a.dims and d not in term.b.dims]
     a = term.a.widen(loose, [shape[d] for d in loose])
 

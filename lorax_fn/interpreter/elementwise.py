@@ -25,7 +25,7 @@ def _on_base(ctx: Context, eqn: Any, weight: Weight) -> Any:
     """Rounding and naming concern the base; the factors keep their own, wider dtype."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
-    return weight.map(compat.bind(eqn, [weight.base]), lambda factor: factor)
+    return dataclasses.replace(weight, base=compat.bind(eqn, [weight.base]))
 
 
 def _on_all(ctx: Context, eqn: Any, *operands: Any) -> Any:
@@ -86,7 +86,8 @@ RULES[primitives.sharding_constraint_p] = _sharding_constraint
 
 
 def _neg(ctx: Context, eqn: Any, weight: Weight) -> Weight:
-    return Weight(compat.bind(eqn, [weight.base]), tuple(map(_negated, weight.terms)), weight.paths)
+    base = compat.bind(eqn, [weight.base])
+    return dataclasses.replace(weight, base=base, terms=tuple(map(_negated, weight.terms)))
 
 
 def _negated(term: Term) -> Term:
@@ -117,24 +118,18 @@ def _rescaled(eqn: Any, lhs: Any, rhs: Any, op: Callable) -> Any:
     terms = tuple(term for term in rescaled if term is not None)
     if len(terms) < len(rescaled):
         return NotImplemented
-    return Weight(compat.bind(eqn, bases([lhs, rhs])), terms, weight.paths)
+    base = compat.bind(eqn, bases([lhs, rhs]))
+    return dataclasses.replace(weight, base=base, terms=terms)
 
 
 def _rescaled_term(term: Term, vector: Factor, shape: tuple[int, ...], op: Callable) -> Term | None:
     loose = vector.spanned - term.a.spanned - term.b.spanned
     if vector.spanned - loose <= term.b.spanned:
         b = term.b.widen(sorted(loose), [shape[d] for d in sorted(loose)])
-        return dataclasses.replace(term, b=_times(b, vector, op))
+        return dataclasses.replace(term, b=b.times(vector, op))
     if vector.spanned <= term.a.spanned:
-        return dataclasses.replace(term, a=_times(term.a, vector, op))
+        return dataclasses.replace(term, a=term.a.times(vector, op))
     return None  # varies along dims of A and of B: not low-rank
-
-
-def _times(factor: Factor, vector: Factor, op: Callable) -> Factor:
-    dims = [d for d in factor.dims if d in vector.dims]
-    values = vector.transpose(dims).array.astype(factor.array.dtype)
-    aligned = lax.broadcast_in_dim(values, factor.array.shape, factor.axes(dims))
-    return factor.with_array(op(factor.array, aligned))
 
 
 RULES[primitives.neg_p] = _neg
@@ -157,7 +152,8 @@ def _sub(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
 def _sum(eqn: Any, lhs: Any, rhs: Any, of_rhs: Callable[[Term], Term]) -> Any:
     """A frozen shift joins the base; two weights' terms stand side by side."""
     weights = [operand for operand in (lhs, rhs) if isinstance(operand, Weight)]
-    if any(weight.shape != eqn.outvars[0].aval.shape for weight in weights):
+    shape = eqn.outvars[0].aval.shape
+    if any(weight.shape != shape or weight.gains for weight in weights):
         return NotImplemented
     terms = lhs.terms if isinstance(lhs, Weight) else ()
     terms += tuple(map(of_rhs, rhs.terms)) if isinstance(rhs, Weight) else ()

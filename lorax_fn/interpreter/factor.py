@@ -70,6 +70,10 @@ class Factor:
         """The same array, for a weight whose dim d is now called `rename(d)`."""
         return Factor(self.array, tuple(d if d == RANK else rename(d) for d in self.dims))
 
+    def relabel_rank(self, label: Label) -> Factor:
+        """The same array, its rank axis called `label`, to tell it from another one."""
+        return Factor(self.array, tuple(label if d == RANK else d for d in self.dims))
+
     def transpose(self, dims: Sequence[Label]) -> Factor:
         """The same factor, its axes in the order of `dims`."""
         if tuple(dims) == self.dims:
@@ -94,6 +98,13 @@ class Factor:
         shape = (*lengths, *self.array.shape)
         axes = tuple(range(len(dims), len(shape)))
         return Factor(lax.broadcast_in_dim(self.array, shape, axes), (*dims, *self.dims))
+
+    def times(self, other: Factor, op: Callable[[Any, Any], Any] = lax.mul) -> Factor:
+        """Multiplies (or divides, by `op`) by a factor whose dims are all among these."""
+        dims = [d for d in self.dims if d in other.dims]
+        values = other.transpose(dims).array.astype(self.array.dtype)
+        aligned = lax.broadcast_in_dim(values, self.array.shape, self.axes(dims))
+        return self.with_array(op(self.array, aligned))
 
     def per_axis(self, values: Sequence[Any], rank: Callable[[int], Any]) -> list[Any]:
         """Picks from per-dim `values` those of the factor's axes; `rank(r)` gives the rank's."""

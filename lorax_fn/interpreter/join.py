@@ -45,9 +45,24 @@ def _with_dim(operand: Any, dim: int) -> Any:
 def _joined(base: Any, operands: Sequence[Any], dim: int) -> Weight:
     weights = [operand for operand in operands if isinstance(operand, Weight)]
     paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
+    gains = _joined_gains(base, operands, dim) if any(w.gains for w in weights) else ()
     if all(_is_stackable(weight, weights[0], dim) for weight in weights):
-        return Weight(base, (_stacked_term(operands, weights[0], dim),), paths)
-    return Weight(base, _padded_terms(base, operands, dim), paths)
+        return Weight(base, (_stacked_term(operands, weights[0], dim),), paths, gains)
+    return Weight(base, _padded_terms(base, operands, dim), paths, gains)
+
+
+def _joined_gains(base: Any, operands: Sequence[Any], dim: int) -> tuple[Factor, ...]:
+    """One gain for the whole: along dim the operands' own products of gains, or ones."""
+    gains = [operand.gains if isinstance(operand, Weight) else () for operand in operands]
+    spanned = sorted({d for group in gains for gain in group for d in gain.dims} - {dim})
+    lengths = [base.shape[d] for d in spanned]
+    pieces = []
+    for operand, group in zip(operands, gains, strict=True):
+        whole = Factor(jnp.ones((operand.shape[dim], *lengths)), (dim, *spanned))
+        for gain in group:
+            whole = whole.times(gain)
+        pieces.append(whole.array)
+    return (Factor(jnp.concatenate(pieces), (dim, *spanned)),)
 
 
 # ------------------------------------------------------------------------------------------
@@ -85,8 +100,8 @@ def _is_stackable(weight: Weight, model: Weight, dim: int) -> bool:
 
 def _stacked_term(operands: Sequence[Any], model: Weight, dim: int) -> Term:
     """One term for all operands; those that are plain arrays get zero factors."""
-    (form,) = model.terms
-    terms = [op.terms[0] if isinstance(op, Weight) else None for op in operands]
+    form = model.terms[0].folded()
+    terms = [op.terms[0].folded() if isinstance(op, Weight) else None for op in operands]
     lengths = [op.shape[dim] for op in operands]
     rank = max(term.a.length(RANK) for term in terms if term is not None)
     # The scales may differ from layer to layer: they go into B.

@@ -8,6 +8,7 @@ do, as for a layer of a stack, the result is a smaller symbolic weight.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,20 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         return NotImplemented
     base = compat.bind(eqn, [weight.base, indices])
     lookup = _Lookup.of(eqn, weight.shape, base.ndim)
-    spanning = [_spanning(term, lookup.checked, weight.shape) for term in weight.terms]
+    spanning = [_spanning(t.folded(), lookup.checked, weight.shape) for t in weight.terms]
     terms = [term for term in spanning if term is not None]
-    if len(terms) < len(spanning):
+    if len(terms) < len(spanning) or any(map(lookup.would_scale_fill, weight.gains)):
         return NotImplemented
-    gathered = Weight(base, tuple(t.map(lambda f: lookup(f, indices)) for t in terms), weight.paths)
+        return NotImplemented
+    gathered = Weight(
+        base,
+        tuple(t.map(lambda f: lookup(f, indices)) for t in terms),
+        weight.paths,
+        tuple(lookup(gain, indices, fill=1) for gain in weight.gains),
+    )
+    if not weight.terms and lookup.batch:  # a row for each of many indices
+        ctx.factored(weight, eqn)
+        return gathered.add_up()
     activations = [
         lookup.is_activation(before) or after.is_thin
         for before, after in zip(weight.terms, gathered.terms, strict=True)
@@ -59,9 +69,10 @@ def finish(ctx: Context, eqn: Any, weight: Weight, finished: Sequence[bool]) -> 
     if not done:
         return weight
     ctx.factored(weight, eqn)
-    base = dataclasses.replace(weight, terms=tuple(done)).add_up()
+    base = dataclasses.replace(weight, terms=tuple(done), gains=()).add_up()
     rest = tuple(t for t, flag in zip(weight.terms, finished, strict=True) if not flag)
-    return Weight(base, rest, weight.paths) if rest else base
+    weight = dataclasses.replace(weight, base=base, terms=rest)
+    return weight if rest else weight.add_up()
 
 
 def finish_thin(ctx: Context, eqn: Any, weight: Weight) -> Any:
@@ -84,6 +95,12 @@ class _Lookup:
         fills = self.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
         return self.indexed if fills else frozenset()
 
+    def would_scale_fill(self, gain: Factor) -> bool:
+        """Whether a gain that knows of no index would change what is filled in out of bounds."""
+        value = self.params["fill_value"]
+        has_value = value is not None and value != 0 and not math.isnan(value)
+        return bool(self.checked) and has_value and not self.indexed & gain.spanned
+
     @classmethod
     def of(cls, eqn: Any, shape: Sequence[int], out_ndim: int) -> _Lookup:
         numbers = eqn.params["dimension_numbers"]
@@ -102,12 +119,12 @@ class _Lookup:
         """Whether A's dims are looked up and B's are not, as in an embedding."""
         return bool(self.indexed & term.a.spanned) and not self.indexed & term.b.spanned
 
-    def __call__(self, factor: Factor, indices: jax.Array) -> Factor:
+    def __call__(self, factor: Factor, indices: jax.Array, fill: int = 0) -> Factor:
         if self.indexed & factor.spanned:
-            return self._gathered(factor, indices)
+            return self._gathered(factor, indices, fill)
         return self._windowed(factor)
 
-    def _gathered(self, factor: Factor, indices: jax.Array) -> Factor:
+    def _gathered(self, factor: Factor, indices: jax.Array, fill: int) -> Factor:
         numbers = self.params["dimension_numbers"]
         columns = [
             i
@@ -142,7 +159,7 @@ class _Lookup:
             indices_are_sorted=whole and self.params["indices_are_sorted"],
             unique_indices=whole and self.params["unique_indices"],
             mode=self._mode(factor),
-            fill_value=0,  # out of bounds the base alone is the answer
+            fill_value=fill,  # 0 of a factor: out of bounds the base alone is the answer
         )  # (indices…, window…)
         return Factor(array, (*self.batch, *(d if d == RANK else self.window[d] for d in kept)))
 

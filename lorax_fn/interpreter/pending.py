@@ -10,6 +10,8 @@ Hence a result waits, if its one use is an addition, until that is done.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,12 +30,15 @@ class PendingSum:
     shares: tuple[jax.Array, ...]
 
     def settle(self) -> jax.Array:
-        """Adds the shares on, in float32 or wider, and casts once to the base's dtype."""
+        """Adds the shares on, in float32 or wider, and casts once to the base's dtype.
+
+        The shares come together first: two that cancel (PiSSA at init) then leave the base exact.
+        """
+        if not self.shares:
+            return self.base
         wide = wide_dtype(self.base.dtype)
-        total = self.base.astype(wide)
-        for share in self.shares:
-            total = total + share.astype(wide)
-        return total.astype(self.base.dtype)
+        total = functools.reduce(operator.add, [share.astype(wide) for share in self.shares])
+        return (self.base.astype(wide) + total).astype(self.base.dtype)
 
 
 def settled(value: Any) -> Any:

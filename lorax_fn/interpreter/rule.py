@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.kronecker import NotFactoredError
 from lorax_fn.interpreter.weight import Weight
 
 RULES: dict[Any, Callable] = {}
@@ -82,7 +83,10 @@ class Context:
 def apply_rule(ctx: Context, eqn: Any, operands: list[Any]) -> Any:
     """Evaluates an equation that has a weight among its operands."""
     rule = RULES.get(eqn.primitive)
-    result = NotImplemented if rule is None else rule(ctx, eqn, *operands)
+    try:
+        result = NotImplemented if rule is None else rule(ctx, eqn, *operands)
+    except NotFactoredError:
+        result = NotImplemented
     if result is NotImplemented:
         result = compat.bind(eqn, [ctx.add_up(value, eqn) for value in operands])
     return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.extend.core.primitives as primitives
 
 from lorax_fn.interpreter import compat
@@ -42,7 +43,9 @@ def _reshape(ctx: Context, eqn: Any, weight: Weight, *dynamic_shape: Any) -> Any
     shape = [weight.shape[d] for d in order]
     groups = _dim_groups(shape, eqn.params["new_sizes"])
     ordered = weight.relabel(weight.base, list(order).index)
-    factors = [f for t in ordered.terms for f in (t.a, t.b, t.keys) if f is not None]
+    factors, _ = jax.tree.flatten(
+        (ordered.terms, ordered.gains), is_leaf=lambda node: isinstance(node, Factor)
+    )
     if not all(_is_whole(f, old, shape) for f in factors for old, _ in groups):
         return NotImplemented
     base = compat.bind(eqn, [weight.base, *dynamic_shape])

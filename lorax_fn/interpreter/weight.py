@@ -1,14 +1,17 @@
-"""The symbolic sum: a frozen weight plus low-rank terms, W + Σ s·A·B, not added up.
+"""The symbolic sum: a frozen weight plus low-rank terms, (W + Σ s·A·B) ∘ gains, not added up.
 
 A `Weight` takes the place of one array while a jaxpr is evaluated. Linear shape operations map
 over its base and its factors; contractions turn it into factored products; anything else has to
 `add_up`. A dim that both factors of a term span (layers, experts) is a batch dim of A·B; a dim
-that neither spans is broadcast.
+that neither spans is broadcast. A gain is a multiplier that varies along some of the dims alone,
+such as one number for each output (DoRA, IA3): it is applied to what goes in or to what comes out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.interpreter.factor import Factor, labelled_dot
+from lorax_fn.interpreter.kronecker import NotFactoredError
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -31,10 +35,11 @@ def _static() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank summand s·A·B.
+    """One low-rank summand s·A·B, or s·(A·B) ∘ gains.
 
     `keys` holds a PRNG key for each batch dim of the weight, or None where dropout is off;
-    `dropout` is the probability with which an input of A is dropped.
+    `dropout` is the probability with which an input of A is dropped. A gain spans dims of A, or of
+    B, or the rank.
     """
 
     a: Factor
@@ -42,6 +47,7 @@ class Term:
     keys: Factor | None
     scale: float = _static()
     dropout: float = _static()
+    gains: tuple[Factor, ...] = ()
 
     @property
     def is_thin(self) -> bool:
@@ -49,29 +55,51 @@ class Term:
         return any(factor.size(factor.spanned) == 1 for factor in (self.a, self.b))
 
     def map(self, fn: Callable[[Factor], Factor]) -> Term:
-        """Applies a linear shape operation to A, B and the keys."""
+        """Applies a linear shape operation to A, B, the keys and the gains."""
         keys = None if self.keys is None else fn(self.keys)
-        return dataclasses.replace(self, a=fn(self.a), b=fn(self.b), keys=keys)
+        gains = tuple(map(fn, self.gains))
+        return dataclasses.replace(self, a=fn(self.a), b=fn(self.b), keys=keys, gains=gains)
+
+    def relabel(self, rename: Callable[[int], int]) -> Term:
+        """The same term of a weight whose dim d is now called `rename(d)`."""
+        return self.map(lambda factor: factor.relabel(rename))
+
+    def folded(self) -> Term:
+        """The same term with its gains multiplied into A and B."""
+        a, b = self.a, self.b
+        for gain in self.gains:
+            fits_a = set(gain.dims) <= set(a.dims)
+            if fits_a and (a.array.size < b.array.size or not set(gain.dims) <= set(b.dims)):
+                a = a.times(gain)
+                continue
+            missing = [d for d in gain.dims if d not in b.dims]  # batch dims that A and B share
+            b = b.widen(missing, [gain.length(d) for d in missing]).times(gain)
+        return dataclasses.replace(self, a=a, b=b, gains=())
 
     def add_up(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """s·A·B of the weight's shape."""
         dims = tuple(range(len(shape)))
-        product = labelled_dot(
-            self.a.astype(dtype), self.b.astype(dtype), dims, precision=lax.Precision.HIGHEST
-        )
+        folded = self.folded()
+        a, b = folded.a.astype(dtype), folded.b.astype(dtype)
+        if self.scale != 1.0:  # not into the product: two terms that cancel shall do so exactly
+            b = b.with_array(b.array * self.scale)
+        product = labelled_dot(a, b, dims, precision=lax.Precision.HIGHEST)
         missing = [d for d in dims if d not in product.dims]
-        product = product.widen(missing, [shape[d] for d in missing]).transpose(dims)
-        return product.array if self.scale == 1.0 else product.array * self.scale
+        return product.widen(missing, [shape[d] for d in missing]).transpose(dims).array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """`base` + Σ terms. `paths` names the leaves of params that it came from."""
+    """(`base` + Σ terms) ∘ Π gains. `paths` names the leaves of params that it came from.
+
+    Each term is a `Term` or a `KroneckerTerm`.
+    """
 
     base: Any
-    terms: tuple[Term, ...]
+    terms: tuple[Any, ...]
     paths: tuple[str, ...] = _static()
+    gains: tuple[Factor, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,19 +118,27 @@ class Weight:
 
     def map(self, base: Any, fn: Callable[[Factor], Factor]) -> Weight:
         """A weight with a new base, `fn` applied to every factor."""
-        return Weight(base, tuple(term.map(fn) for term in self.terms), self.paths)
+        terms = tuple(term.map(fn) for term in self.terms)
+        return Weight(base, terms, self.paths, tuple(map(fn, self.gains)))
 
     def relabel(self, base: Any, rename: Callable[[int], int]) -> Weight:
         """A weight with a new base, whose dim `rename(d)` is this one's dim d."""
-        return self.map(base, lambda factor: factor.relabel(rename))
+        terms = tuple(term.relabel(rename) for term in self.terms)
+        gains = tuple(gain.relabel(rename) for gain in self.gains)
+        return Weight(base, terms, self.paths, gains)
 
     def add_up(self) -> jax.Array:
         """The sum as one array, formed in float32 or wider and cast once to `dtype`."""
         wide = wide_dtype(self.dtype)
         total = self.base.astype(wide)
-        for term in self.terms:
-            total = total + term.add_up(self.shape, wide)
-        return total.astype(self.dtype)
+        if self.terms:  # together first: two that cancel leave the base exact
+            total += functools.reduce(
+                operator.add, [t.add_up(self.shape, wide) for t in self.terms]
+            )
+        scaled = Factor(total, tuple(range(self.ndim)))
+        for gain in self.gains:
+            scaled = scaled.times(gain)
+        return scaled.array.astype(self.dtype)
 
 
 def stack_leading(weight: Weight) -> Weight:
@@ -126,7 +162,11 @@ def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Wei
     the function that makes one step's weight of their slices. Factors that do not span dim 0 are
     the same in every step.
     """
-    leaves, treedef = jax.tree.flatten(weight.terms, is_leaf=lambda x: isinstance(x, Factor))
+    leaves, treedef = jax.tree.flatten(
+        (weight.terms, weight.gains), is_leaf=lambda x: isinstance(x, Factor)
+    )
+    if any(0 in leaf.dims and leaf.length(0) != weight.shape[0] for leaf in leaves):
+        raise NotFactoredError  # a part of a Kronecker product: its steps are not the weight's
     stacked = [leaf.lead_with(0) if 0 in leaf.dims else leaf for leaf in leaves]
     arrays = [weight.base, *(f.array for f in stacked if 0 in f.dims)]
 
@@ -136,7 +176,7 @@ def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Wei
         factors = [
             Factor(next(sliced), f.dims[1:]) if 0 in f.dims else f for f in stacked
         ]  # still labelled by the stack's dims
-        terms = jax.tree.unflatten(treedef, [f.relabel(lambda d: d - 1) for f in factors])
-        return Weight(base, terms, weight.paths)
+        terms, gains = jax.tree.unflatten(treedef, [f.relabel(lambda d: d - 1) for f in factors])
+        return Weight(base, terms, weight.paths, gains)
 
     return arrays, rebuild

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tests.battery.kinds import LORA, Kind
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -79,6 +81,7 @@ class OpCase:
         images: sizes that a product A·B would have on its way through `fn`, beyond those that
             `fn`'s own jaxpr shows (slices picked by a traced index).
         activations: sizes that `fn` legitimately yields although a slice of the weight has them too.
+        kind: the adapter kind of all adapted weights.
     """
 
     name: str
@@ -93,6 +96,7 @@ class OpCase:
     without: frozenset[str] = frozenset()
     images: tuple[int, ...] = ()
     activations: tuple[int, ...] = ()
+    kind: Kind = LORA
 
     def __repr__(self) -> str:
         return self.name

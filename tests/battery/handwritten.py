@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tests.battery.case import F, Floats, Ints, OneOf, OpCase, W, Weight
-
-SCALE = 1.5  # materials.ALPHA_OVER_RANK
+from tests.battery.kinds import SCALE
 
 
 @dataclass(frozen=True, eq=False)

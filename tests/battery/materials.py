@@ -14,10 +14,7 @@ from tests.reference import (
     central_difference,
     directional_difference,
     float64,
-    low_rank_sum,
 )
-
-ALPHA_OVER_RANK = 1.5  # never 1: scale 1 hides scaling bugs
 
 
 class Materials:
@@ -31,6 +28,8 @@ class Materials:
         }
         self.initial = initial_factors(case, self.params)
         *self.factors, self.direction = (_redrawn(self.initial, rng) for _ in range(3))
+        if not all(case.kind.trained):
+            self.direction = _without_frozen(self.direction)
         self.xs = [_draw_inputs(case, rng, j) for j in range(2)]
         shapes = jax.eval_shape(case.fn, self.params, self.xs[0])
         self.cts = [
@@ -41,10 +40,7 @@ class Materials:
 def initial_factors(case, params):
     """`lora.init` with one rule a weight, the axes given by the case's roles."""
     adapted = {name: weight for name, weight in case.weights.items() if weight.roles}
-    rules = [
-        lora.LoRA(re.escape(name), rank=weight.rank, alpha=ALPHA_OVER_RANK * weight.rank)
-        for name, weight in adapted.items()
-    ]
+    rules = [case.kind.rule(re.escape(name), weight) for name, weight in adapted.items()]
     axes = {name: lora.Axes(*adapted[name].axes) if name in adapted else None for name in params}
     return lora.init(jax.random.key(7), params, rules, axes=axes)
 
@@ -55,8 +51,18 @@ def _normal(rng, shape, dtype):
 
 
 def _redrawn(factors, rng):
-    """Factors of the same structure, all random: a zero B would hide every error."""
-    return jax.tree.map(lambda leaf: _normal(rng, leaf.shape, leaf.dtype), factors)
+    """The same factors, all that is trained random: a zero B would hide every error."""
+
+    def redraw(leaf, is_trained):
+        return _normal(rng, leaf.shape, leaf.dtype) if is_trained else leaf
+
+    return jax.tree.map(redraw, factors, lora.trainable_mask(factors))
+
+
+def _without_frozen(factors):
+    """What is not trained has no direction."""
+    mask = lora.trainable_mask(factors)
+    return jax.tree.map(lambda leaf, kept: leaf if kept else jnp.zeros_like(leaf), factors, mask)
 
 
 def _draw_inputs(case, rng, j):
@@ -78,7 +84,7 @@ def materials(case: OpCase) -> Materials:
 class Expected:
     """Outputs and derivatives of a case by the numpy reference, as functions of (f, j).
 
-    Factors appear as the flat list [a, b, a, b, …] that `jax.tree.leaves` yields for the nodes.
+    Factors appear as the flat list of the nodes' leaves, such as [a, b, a, b, …].
     """
 
     def __init__(self, case: OpCase):
@@ -92,20 +98,24 @@ class Expected:
     def inputs(self, j):
         return {name: float64(value) for name, value in self.drawn.xs[j].items()}
 
-    def adapted(self, factors):
-        """The params with W + s·A·B at every adapted name."""
+    def adapted(self, factors, constants):
+        """The params with the adapted weight at every adapted name."""
         params = dict(self.params)
-        for name, a, b in zip(self.names, factors[::2], factors[1::2], strict=True):
-            roles = self.case.weights[name].roles
-            params[name] = params[name] + low_rank_sum(a, b, roles, ALPHA_OVER_RANK)
+        per_node = len(self.case.kind.trained)
+        for i, name in enumerate(self.names):
+            node = slice(i * per_node, (i + 1) * per_node)
+            params[name] = self.case.kind.adapted(
+                params[name], factors[node], self.case.weights[name].roles, constants[node]
+            )
         return params
 
     def _differentiable(self, factors, j):
         """The outputs as a function of (factors, inputs), to differentiate at the given point."""
-        at_params, at_inputs = self.adapted(factors), self.inputs(j)
+        at_factors = factors
+        at_params, at_inputs = self.adapted(factors, factors), self.inputs(j)
 
         def outputs(factors, inputs):
-            params = self.adapted(factors)
+            params = self.adapted(factors, at_factors)
             if self.case.surrogate:
                 return jax.tree.leaves(self.case.surrogate(params, inputs, at_params, at_inputs))
             return jax.tree.leaves(self.case.reference(params, inputs))
@@ -125,7 +135,8 @@ class Expected:
 
     @functools.cache  # noqa: B019 — one Expected a case, alive as long as the tests
     def output(self, f, j):
-        return self.case.reference(self.adapted(self.factors(f)), self.inputs(j))
+        factors = self.factors(f)
+        return self.case.reference(self.adapted(factors, factors), self.inputs(j))
 
     @functools.cache  # noqa: B019
     def gradient(self, f, j):
@@ -133,7 +144,8 @@ class Expected:
 
     def gradient_at(self, factors, j):
         inputs, loss = self.inputs(j), self._loss(factors, j)
-        return central_difference(lambda factors: loss(factors, inputs), factors)
+        trained = self.case.kind.trained * len(self.names)
+        return central_difference(lambda factors: loss(factors, inputs), factors, trained)
 
     @functools.cache  # noqa: B019
     def input_gradient(self, f, j):
