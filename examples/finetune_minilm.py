@@ -4,7 +4,7 @@ The task: tell which standard-library package a docstring documents (26 of them)
 names cut out of the text. The encoder is an ordinary Flax model (`minilm/encoder.py`); LoRA comes
 from outside, by `lora.wrap(model.apply)`.
 
-    python examples/finetune_minilm.py           # about two minutes on two CPU cores
+    python examples/finetune_minilm.py           # two to three minutes on two CPU cores
     python examples/finetune_minilm.py --full    # and full fine-tuning beside it
 
 Written to `--out`: the factors, the merged encoder (under the original file's tensor names, so that

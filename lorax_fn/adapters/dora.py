@@ -95,8 +95,8 @@ def _squared_norm(weight: Any, terms: Sequence[Term], squared: Factor) -> jax.Ar
 class DoRA(LoRA):
     """Rule: LoRA whose outputs each have a trained length (Liu et al. 2024, arXiv:2402.09353).
 
-    Takes what `LoRA` takes. Costs, beside LoRA, one product
-    of A with W a step, and one multiplication of the outputs.
+    Takes what `LoRA` takes. Costs, beside LoRA, one product of A with W a step, and one
+    multiplication of the outputs.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> rules = [lora.DoRA("w", rank=2, alpha=4)]
