@@ -30,8 +30,8 @@ def draw(file: Path, frozen: Run, runs: Sequence[Run]) -> None:
     left.set(xlabel="step", ylabel="cross-entropy", title="training loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="accuracy", title="validation accuracy")
     right.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    for axes in (left, right):
-        axes.legend()
+    for axes, free_corner in ((left, "upper right"), (right, "lower right")):
+        axes.legend(loc=free_corner)
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
