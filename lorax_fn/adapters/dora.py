@@ -58,7 +58,10 @@ class DoRAFactors(LoRAFactors):
         return Weight(leaf, terms, (path,), (Factor(gain, dims),))
 
     def remove(self, merged: Any, path: str) -> jax.Array:
-        """W, given m ∘ (W + V) / n: its norm is stored, so that n solves ‖n·u - V‖ = ‖W‖."""
+        """W, given m ∘ (W + V) / n: its norm is stored, so that n solves ‖n·u - V‖ = ‖W‖.
+
+        Of the two solutions the larger is taken, which is the right one wherever ‖V‖ < ‖W‖.
+        """
         dims = (*self.axes.batch, *self.axes.out)
         unit = Factor(merged.astype(jnp.float32), tuple(range(merged.ndim)))
         unit = unit.times(Factor(self.magnitude, dims), lax.div)

@@ -84,8 +84,9 @@ def test_the_base_gets_no_gradient(model):
 
 def test_other_factors_do_not_retrace(model):
     before, _, _ = model.wrapped_step(model.random_factors(seed=2))
+    traces = model.wrapped_step.traces  # more than one if caches were cleared between two tests
     after, _, _ = model.wrapped_step(model.random_factors(seed=3))
-    assert model.wrapped_step.traces == 1
+    assert model.wrapped_step.traces == traces
     assert model.wrapped_step.compiled._cache_size() == 1
     assert not all(map(np.array_equal, before, after))
 
