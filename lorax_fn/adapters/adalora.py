@@ -8,6 +8,7 @@ feels it, and sets the entries of the least important to zero, more and more of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -15,20 +16,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule, is_adapter, static
+from lorax_fn.adapters.base import Rule, is_adapter, static
 from lorax_fn.adapters.low_rank import (
+    SummedAdapter,
+    alpha_over_rank,
     check_alpha,
     check_dtype,
     check_fits,
     check_largest_rank,
     check_probability,
     check_rank,
+    dropout_keys,
     resolve_axes,
     split_shape,
 )
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
-from lorax_fn.interpreter import RANK, Factor, Term, Weight
+from lorax_fn.interpreter import RANK, Factor, Term
 from lorax_fn.targets import Targets
 
 Pytree = Any
@@ -36,7 +40,7 @@ Pytree = Any
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaLoRAFactors(Adapter):
+class AdaLoRAFactors(SummedAdapter):
     """The triplets of one weight.
 
     Attributes:
@@ -73,27 +77,18 @@ class AdaLoRAFactors(Adapter):
         parts = {name: (getattr(self, name), shape) for name, shape in wanted.items()}
         check_fits(path, leaf, self.axes, parts)
 
-    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
-        """The sum of the leaf and one term, with e as its gain."""
-        return Weight(leaf, (self._term(leaf.shape, key),), (path,))
-
-    def remove(self, merged: Any, path: str) -> jax.Array:
-        """W = merged - ΔW, formed in float32 or wider."""
-        term = dataclasses.replace(self._term(merged.shape, None), scale=-self.scale)
-        return Weight(merged, (term,), (path,)).add_up()
-
     def trainable(self) -> AdaLoRAFactors:
         """All three are trained."""
         return dataclasses.replace(self, a=True, e=True, b=True)
 
-    def _term(self, shape: tuple[int, ...], key: jax.Array | None) -> Term:
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Term, ...]:
+        """One term, with e as its gain."""
         batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
-        keys = None
-        if key is not None and self.dropout > 0.0:
-            keys = Factor(jax.random.split(key, tuple(shape[d] for d in batch)), batch)
+        keys = dropout_keys(self.axes, shape, key, self.dropout)
         a = Factor(self.a, (*batch, *contract, RANK))
         b = Factor(self.b, (*batch, RANK, *out))
-        return Term(a, b, keys, self.scale, self.dropout, (Factor(self.e, (*batch, RANK)),))
+        gains = (Factor(self.e, (*batch, RANK)),)
+        return (Term(a, b, keys, self.scale, self.dropout, gains),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +134,7 @@ class AdaLoRA(Rule):
     @property
     def scale(self) -> float:
         """What the product is multiplied by."""
-        return float(self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_over_rank(self.alpha, self.rank)
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> AdaLoRAFactors:
         """A and B normal with deviation 0.02, e zero."""

@@ -9,14 +9,17 @@ of A₁ and one of A₂, the rows of B those of B₁ and B₂. So no matrix of t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule, static
+from lorax_fn.adapters.base import Rule, static
 from lorax_fn.adapters.low_rank import (
+    SummedAdapter,
+    alpha_over_rank,
     check_alpha,
     check_dtype,
     check_fits,
@@ -26,13 +29,13 @@ from lorax_fn.adapters.low_rank import (
     split_shape,
 )
 from lorax_fn.axes import Axes
-from lorax_fn.interpreter import RANK, Factor, Term, Weight
+from lorax_fn.interpreter import RANK, Factor, Term
 from lorax_fn.targets import Targets
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoHaFactors(Adapter):
+class LoHaFactors(SummedAdapter):
     """The two pairs of factors of one weight.
 
     Attributes:
@@ -63,31 +66,24 @@ class LoHaFactors(Adapter):
         parts = {"a1": (self.a1, a), "b1": (self.b1, b), "a2": (self.a2, a), "b2": (self.b2, b)}
         check_fits(path, leaf, self.axes, parts)
 
-    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
-        """The sum of the leaf and one term of rank r²."""
-        return Weight(leaf, (self._term(),), (path,))
-
-    def remove(self, merged: Any, path: str) -> jax.Array:
-        """W = merged - ΔW, formed in float32 or wider."""
-        term = dataclasses.replace(self._term(), scale=-self.scale)
-        return Weight(merged, (term,), (path,)).add_up()
-
     def trainable(self) -> LoHaFactors:
         """All four factors are trained."""
         return dataclasses.replace(self, a1=True, b1=True, a2=True, b2=True)
 
-    def _term(self) -> Term:
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Term, ...]:
+        """One term of rank r²."""
         axes = self.axes
         at = len(axes.batch)
         a = _products(self.a1, self.a2, self.a1.ndim - 1)
         b = _products(self.b1, self.b2, at)
-        return Term(
+        term = Term(
             Factor(a, (*axes.batch, *axes.contract, RANK)),
             Factor(b, (*axes.batch, RANK, *axes.out)),
             None,
             self.scale,
             0.0,
         )
+        return (term,)
 
 
 def _products(first: jax.Array, second: jax.Array, axis: int) -> jax.Array:
@@ -138,7 +134,7 @@ class LoHa(Rule):
     @property
     def scale(self) -> float:
         """What the product is multiplied by."""
-        return float(self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_over_rank(self.alpha, self.rank)
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> LoHaFactors:
         """Normal factors, B₁ of deviation 0.1; B₂ zero."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule, static
+from lorax_fn.adapters.base import Rule, static
 from lorax_fn.adapters.initializers import kaiming
 from lorax_fn.adapters.low_rank import (
+    SummedAdapter,
+    alpha_over_rank,
     check_alpha,
     check_dtype,
     check_fits,
@@ -28,13 +31,13 @@ from lorax_fn.adapters.low_rank import (
 )
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
-from lorax_fn.interpreter import RANK, Factor, KroneckerTerm, Weight, labelled_dot
+from lorax_fn.interpreter import RANK, Factor, KroneckerTerm, labelled_dot
 from lorax_fn.targets import Targets
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoKrFactors(Adapter):
+class LoKrFactors(SummedAdapter):
     """The factors of one weight; lengths are those of each dim's left and right part.
 
     Attributes:
@@ -77,19 +80,12 @@ class LoKrFactors(Adapter):
             parts["b"] = (self.b, (*batch, self.rank, *right_out))
         check_fits(path, leaf, self.axes, parts)
 
-    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
-        """The sum of the leaf and one Kronecker term."""
-        return Weight(leaf, (self._term(self.scale),), (path,))
-
-    def remove(self, merged: Any, path: str) -> jax.Array:
-        """W = merged - ΔW, formed in float32 or wider."""
-        return Weight(merged, (self._term(-self.scale),), (path,)).add_up()
-
     def trainable(self) -> LoKrFactors:
         """All factors are trained."""
         return jax.tree.map(lambda _: True, self)
 
-    def _term(self, scale: float) -> KroneckerTerm:
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[KroneckerTerm, ...]:
+        """One Kronecker term."""
         batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
         dims = (*batch, *contract, *out)
         if self.right is not None:
@@ -97,7 +93,7 @@ class LoKrFactors(Adapter):
         else:  # no larger than the right part: it is multiplied out
             a, b = Factor(self.a, (*batch, *contract, RANK)), Factor(self.b, (*batch, RANK, *out))
             right = labelled_dot(a, b, dims)
-        return KroneckerTerm(Factor(self.left, dims), right, scale)
+        return (KroneckerTerm(Factor(self.left, dims), right, self.scale),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +141,7 @@ class LoKr(Rule):
     @property
     def scale(self) -> float:
         """What the product is multiplied by."""
-        return float(self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_over_rank(self.alpha, self.rank)
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> LoKrFactors:
         """The right part drawn, the left one zero."""

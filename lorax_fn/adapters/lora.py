@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule, static
+from lorax_fn.adapters.base import Rule, static
 from lorax_fn.adapters.initializers import INITIALIZERS, Initializer
 from lorax_fn.adapters.low_rank import (
+    SummedAdapter,
     check_alpha,
     check_dtype,
     check_fits,
@@ -22,19 +23,20 @@ from lorax_fn.adapters.low_rank import (
     check_probability,
     check_rank,
     draw,
+    dropout_keys,
     resolve_axes,
     split_shape,
 )
 from lorax_fn.adapters.spectral import SPECTRAL, start_from
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
-from lorax_fn.interpreter import RANK, Factor, Term, Weight
+from lorax_fn.interpreter import RANK, Factor, Term
 from lorax_fn.targets import Targets
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRAFactors(Adapter):
+class LoRAFactors(SummedAdapter):
     """The factors of one weight: ΔW = scale · Σ_r a[…, r] · b[r, …].
 
     Attributes:
@@ -73,16 +75,6 @@ class LoRAFactors(Adapter):
                       for name, array in zip("ab", self.start, strict=True)}  # fmt: skip
         check_fits(path, leaf, self.axes, parts)
 
-    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
-        """The symbolic sum of the leaf and the low-rank term."""
-        return Weight(leaf, self.terms(leaf.shape, key), (path,))
-
-    def remove(self, merged: Any, path: str) -> jax.Array:
-        """W = merged - ΔW, formed in float32 or wider."""
-        terms = self.terms(merged.shape, None)
-        terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in terms)
-        return Weight(merged, terms, (path,)).add_up()
-
     def trainable(self) -> LoRAFactors:
         """Both factors are trained, or b alone; what was taken off the weight is not."""
         start = None if self.start is None else (False, False)
@@ -90,10 +82,7 @@ class LoRAFactors(Adapter):
 
     def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Term, ...]:
         """s·A·B, and what is taken off the weight."""
-        keys = None
-        if key is not None and self.dropout > 0.0:
-            batch = self.axes.batch
-            keys = Factor(jax.random.split(key, tuple(shape[d] for d in batch)), batch)
+        keys = dropout_keys(self.axes, shape, key, self.dropout)
         a = lax.stop_gradient(self.a) if self.freeze_a else self.a
         term = Term(self._a(a), self._b(self.b), keys, self.scale, self.dropout)
         if self.start is None:

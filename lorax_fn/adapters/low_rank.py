@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +12,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_fn.adapters.base import Adapter
 from lorax_fn.adapters.initializers import INITIALIZERS, Initializer
 from lorax_fn.axes import Axes
 from lorax_fn.errors import AxesError, LoraError, StructureError, TargetError
+from lorax_fn.interpreter import Factor, Weight
 
 Dims = tuple[int, ...]
+
+
+class SummedAdapter(Adapter):
+    """A node whose weight is W + Σ terms: it says which terms, and has `adapt` and `remove`."""
+
+    axes: Any
+
+    @abc.abstractmethod
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Any, ...]:
+        """The summands for a leaf of this shape; `key` turns dropout on."""
+
+    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
+        """The symbolic sum of the leaf and the terms."""
+        return Weight(leaf, self.terms(leaf.shape, key), (path,))
+
+    def remove(self, merged: Any, path: str) -> jax.Array:
+        """W = merged - Σ terms, formed in float32 or wider."""
+        terms = self.terms(merged.shape, None)
+        negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in terms)
+        return Weight(merged, negated, (path,)).add_up()
+
+
+def dropout_keys(
+    axes: Axes, shape: Sequence[int], key: jax.Array | None, dropout: float
+) -> Factor | None:
+    """A key for each layer and expert of a weight, or None where dropout is off."""
+    if key is None or dropout == 0.0:
+        return None
+    return Factor(jax.random.split(key, tuple(shape[d] for d in axes.batch)), axes.batch)
+
+
+def alpha_over_rank(alpha: float | None, rank: int) -> float:
+    """What an update is scaled by; alpha is the rank where it is None."""
+    return float(rank if alpha is None else alpha) / rank
 
 
 def resolve_axes(kind: str, path: str, leaf: Any, axes: Axes | None) -> Axes:

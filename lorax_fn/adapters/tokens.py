@@ -11,17 +11,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule, static
-from lorax_fn.adapters.low_rank import check_dtype, check_fits, resolve_axes, split_shape
+from lorax_fn.adapters.base import Rule, static
+from lorax_fn.adapters.low_rank import (
+    SummedAdapter,
+    check_dtype,
+    check_fits,
+    resolve_axes,
+    split_shape,
+)
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError, TargetError
-from lorax_fn.interpreter import RANK, Factor, Term, Weight
+from lorax_fn.interpreter import RANK, Factor, Term
 from lorax_fn.targets import Targets
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenRows(Adapter):
+class TokenRows(SummedAdapter):
     """The change of some rows of one embedding.
 
     Attributes:
@@ -41,25 +47,17 @@ class TokenRows(Adapter):
         _, _, out = split_shape(leaf.shape, self.axes)
         check_fits(path, leaf, self.axes, {"rows": (self.rows, (len(self.tokens), *out))})
 
-    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
-        """The leaf and a term whose A says which row is which token's."""
-        return Weight(leaf, (self._term(leaf.shape),), (path,))
-
-    def remove(self, merged: Any, path: str) -> jax.Array:
-        """The rows taken off again, in float32 or wider."""
-        term = dataclasses.replace(self._term(merged.shape), scale=-1.0)
-        return Weight(merged, (term,), (path,)).add_up()
-
     def trainable(self) -> TokenRows:
         """The rows are trained."""
         return dataclasses.replace(self, rows=True)
 
-    def _term(self, shape: Sequence[int]) -> Term:
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Term, ...]:
+        """One term, whose A says which row is which token's."""
         (vocabulary,) = self.axes.contract
         ids = jnp.arange(shape[vocabulary])[:, None]
         chosen = (ids == jnp.array(self.tokens)[None]).astype(self.rows.dtype)  # (vocabulary, n)
         rows = Factor(self.rows, (RANK, *self.axes.out))
-        return Term(Factor(chosen, (vocabulary, RANK)), rows, None, 1.0, 0.0)
+        return (Term(Factor(chosen, (vocabulary, RANK)), rows, None, 1.0, 0.0),)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,24 +15,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Adapter, Rule, static
+from lorax_fn.adapters.base import Rule, static
 from lorax_fn.adapters.low_rank import (
+    SummedAdapter,
     check_dtype,
     check_fits,
     check_probability,
     check_rank,
+    dropout_keys,
     resolve_axes,
     split_shape,
 )
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
-from lorax_fn.interpreter import RANK, Factor, Term, Weight
+from lorax_fn.interpreter import RANK, Factor, Term
 from lorax_fn.targets import Targets
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class VeRAFactors(Adapter):
+class VeRAFactors(SummedAdapter):
     """The vectors and projections of one weight.
 
     Attributes:
@@ -69,28 +72,18 @@ class VeRAFactors(Adapter):
         parts = {name: (getattr(self, name), shape) for name, shape in wanted.items()}
         check_fits(path, leaf, self.axes, parts)
 
-    def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> Weight:
-        """The sum of the leaf and one term, with d and g as its gains."""
-        return Weight(leaf, (self._term(leaf.shape, key),), (path,))
-
-    def remove(self, merged: Any, path: str) -> jax.Array:
-        """W = merged - ΔW, formed in float32 or wider."""
-        term = dataclasses.replace(self._term(merged.shape, None), scale=-1.0)
-        return Weight(merged, (term,), (path,)).add_up()
-
     def trainable(self) -> VeRAFactors:
         """The vectors are trained, the projections are not."""
         return dataclasses.replace(self, d=True, g=True, a=False, b=False)
 
-    def _term(self, shape: tuple[int, ...], key: jax.Array | None) -> Term:
+    def terms(self, shape: Sequence[int], key: jax.Array | None) -> tuple[Term, ...]:
+        """One term, with d and g as its gains."""
         batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
-        keys = None
-        if key is not None and self.dropout > 0.0:
-            keys = Factor(jax.random.split(key, tuple(shape[d] for d in batch)), batch)
+        keys = dropout_keys(self.axes, shape, key, self.dropout)
         a = Factor(lax.stop_gradient(self.a), (*contract, RANK))
         b = Factor(lax.stop_gradient(self.b), (RANK, *out))
         gains = Factor(self.d, (*batch, RANK)), Factor(self.g, (*batch, *out))
-        return Term(a, b, keys, 1.0, self.dropout, gains)
+        return (Term(a, b, keys, 1.0, self.dropout, gains),)
 
 
 @dataclasses.dataclass(frozen=True)
