@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,23 +102,32 @@ def check_agreement(losses: dict[str, tuple[float, float]], tolerance: float) ->
 def step_times(
     compiled: dict[str, Any], variants: dict[str, Variant], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Seconds of a step, (rounds,) for each variant: every round times each of them once.
+    """Seconds of a step, (rounds,) for each variant."""
+    steps = {
+        name: functools.partial(compiled[name], *variant.operands)
+        for name, variant in variants.items()
+    }
+    return interleaved(steps, rounds)
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of a call, (rounds,) for each function: every round times each of them once.
 
     A disturbance of the machine so meets neighbours alike, and ratios within a round stay true.
     """
 
-    def sample(name: str, steps: int) -> float:
+    def sample(name: str, calls: int) -> float:
         begin = time.perf_counter()
-        for _ in range(steps):
-            out = compiled[name](*variants[name].operands)
+        for _ in range(calls):
+            out = steps[name]()
         jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / steps
+        return (time.perf_counter() - begin) / calls
 
-    names = list(variants)
-    steps = {name: math.ceil(SHORTEST_SAMPLE / sample(name, 1)) for name in names}
+    names = list(steps)
+    calls = {name: math.ceil(SHORTEST_SAMPLE / sample(name, 1)) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(sample(name, steps[name]))
+            times[name].append(sample(name, calls[name]))
     return {name: np.array(seconds) for name, seconds in times.items()}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.errors import StructureError
-from lorax_fn.init import fold_path
 from lorax_fn.interpreter import Context, Event, compat, interpret
+from lorax_fn.keys import fold_path
 from lorax_fn.pairing import pair
 from lorax_fn.tracing import trace
 

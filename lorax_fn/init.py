@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lorax_fn.adapters import Rule
 from lorax_fn.axes import Axes
+from lorax_fn.calibrate import calibrate
 from lorax_fn.errors import LoraError, StructureError
+from lorax_fn.keys import check_key, fold_path
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 from lorax_fn.rules import assign_rules
 
@@ -19,7 +19,14 @@ Pytree = Any
 
 
 def init(
-    key: jax.Array, params: Pytree, rules: Rule | Iterable[Rule], *, axes: Pytree | None = None
+    key: jax.Array,
+    params: Pytree,
+    rules: Rule | Iterable[Rule],
+    *,
+    axes: Pytree | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    progress: bool = True,
 ) -> Pytree:
     """Makes the factors: a pytree like params with an adapter node at each targeted leaf.
 
@@ -32,6 +39,11 @@ def init(
         rules: the first that matches a leaf wins.
         axes: what `infer_axes` returned for params. Without it a leaf of two dims is
             (contract, out), and any other needs its rule's own `axes`.
+        apply_fn: for rules whose `init` looks at data ("eva", "corda", "corda_kpm", "lora_ga"): the
+            function that sees it. For "lora_ga" it returns the loss, a scalar.
+        batches: what it is called with, `apply_fn(params, *batch)` for each; a batch that is no
+            tuple is one argument. They are gone through at most six times.
+        progress: whether to show a progress bar while it is.
 
     Returns:
         A pytree of the structure of params: an adapter node (for `LoRA`: a (batch dims, contract
@@ -41,7 +53,8 @@ def init(
         TargetError: if a rule matches no leaf, or one that its kind cannot adapt.
         AxesError: if the axes of a targeted leaf are unknown or do not fit.
         StructureError: if axes are not parallel to params.
-        LoraError: if the rank is above what a weight can have, or key is no PRNG key.
+        LoraError: if the rank is above what a weight or an `init` can have, key is no PRNG key, or
+            a rule looks at data and there is none, or none that reaches its weights.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"query": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}}
@@ -54,6 +67,13 @@ def init(
     key = check_key(key, "key")
     assigned = assign_rules(params, rules)
     axes_of = _axes_by_path(params, axes)
+    if apply_fn is not None or batches is not None:
+        if apply_fn is None or batches is None:
+            missing = "apply_fn" if apply_fn is None else "batches"
+            raise LoraError(
+                f"{missing} is missing; wanted both apply_fn= and batches=, or neither."
+            )
+        assigned = calibrate(key, apply_fn, params, assigned, batches, axes_of, progress=progress)
 
     def make(path: str, leaf: Any) -> Any:
         rule = assigned.get(path)
@@ -62,26 +82,6 @@ def init(
         return rule.make(fold_path(key, path), path, leaf, axes_of.get(path))
 
     return map_with_paths(make, params)
-
-
-def fold_path(key: jax.Array, path: str) -> jax.Array:
-    """The key of one leaf: the same for the same path, whatever other leaves there are."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def check_key(key: Any, name: str) -> jax.Array:
-    """Returns a typed PRNG key.
-
-    Raises:
-        LoraError: unless `key` is one key, typed or of the old uint32 kind.
-    """
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
-        return key
-    if dtype == jnp.uint32 and key.shape == jax.random.key_data(jax.random.key(0)).shape:
-        return jax.random.wrap_key_data(key)
-    got = f"{dtype}{list(key.shape)}" if dtype is not None else f"{type(key).__name__} {key!r}"
-    raise LoraError(f"{name} is {got[:80]}; wanted one PRNG key: jax.random.key(0).")
 
 
 def _axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:

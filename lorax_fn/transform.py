@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import DenseWarning, LoraError
 from lorax_fn.evaluate import evaluate
-from lorax_fn.init import check_key
 from lorax_fn.interpreter import Event, Weight
+from lorax_fn.keys import check_key
 from lorax_fn.pairing import pair
 from lorax_fn.tracing import check_function
 

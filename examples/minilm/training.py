@@ -76,6 +76,23 @@ def predict(apply: Callable[..., jax.Array], split: Split, batch: int) -> np.nda
     return np.concatenate(outputs)[: len(split)]
 
 
+def train_step(
+    apply: Apply, tx: optax.GradientTransformation, *, donate: bool = True
+) -> Callable[..., tuple]:
+    """A compiled step: (frozen, trained, state, data) -> (trained, state, loss)."""
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2) if donate else ())
+    def step(frozen: Pytree, trained: Pytree, state: Pytree, data: Split) -> tuple:
+        def loss_of(trained: Pytree) -> jax.Array:
+            return cross_entropy(apply(frozen, trained, data.ids, data.mask), data.labels)
+
+        loss, grads = jax.value_and_grad(loss_of)(trained)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, loss
+
+    return step
+
+
 def fit(
     name: str,
     apply: Apply,
@@ -93,16 +110,7 @@ def fit(
     `frozen` is an argument of the compiled step, not a constant in it, and `trained` is donated:
     the caller's arrays are gone afterwards.
     """
-
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def step(frozen: Pytree, trained: Pytree, state: Pytree, data: Split) -> tuple:
-        def loss_of(trained: Pytree) -> jax.Array:
-            return cross_entropy(apply(frozen, trained, data.ids, data.mask), data.labels)
-
-        loss, grads = jax.value_and_grad(loss_of)(trained)
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state, loss
-
+    step = train_step(apply, tx)
     logits_of = jax.jit(apply)
 
     def answers(split: Split) -> np.ndarray:

@@ -226,8 +226,11 @@ class RankBudget:
 
     def init(self, factors: Pytree) -> BudgetState:
         """The state before the first step."""
-        zeros = [jax.tree.map(jnp.zeros_like, node) for node in _nodes(factors)]
-        return BudgetState(jnp.zeros((), jnp.int32), zeros, zeros)
+        # Two trees of their own: a training step that donates the state gives each array once.
+        sensitivity, uncertainty = (
+            [jax.tree.map(jnp.zeros_like, node) for node in _nodes(factors)] for _ in range(2)
+        )
+        return BudgetState(jnp.zeros((), jnp.int32), sensitivity, uncertainty)
 
     def update(
         self, factors: Pytree, grads: Pytree, state: BudgetState

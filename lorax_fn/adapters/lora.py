@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from lorax_fn.adapters.low_rank import (
     resolve_axes,
     split_shape,
 )
+from lorax_fn.adapters.probes import PROBES, Probe, Start
 from lorax_fn.adapters.spectral import SPECTRAL, start_from
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
@@ -90,6 +91,18 @@ class LoRAFactors(SummedAdapter):
         start_a, start_b = map(lax.stop_gradient, self.start)
         return term, Term(self._a(start_a), self._b(start_b), None, -self.scale, 0.0)
 
+    def plain(self) -> Self:
+        """The same change without a `start`: factors of rank 2r, [A, A₀] and [B, -B₀].
+
+        What other libraries and files can hold; to be served, not trained on.
+        """
+        if self.start is None:
+            return self
+        start_a, start_b = self.start
+        a = jnp.concatenate([self.a, start_a], -1)
+        b = jnp.concatenate([self.b, -start_b], len(self.axes.batch))
+        return dataclasses.replace(self, a=a, b=b, start=None)
+
     def _a(self, array: Any) -> Factor:
         return Factor(array, (*self.axes.batch, *self.axes.contract, RANK))
 
@@ -111,7 +124,10 @@ class LoRA(Rule):
             wrapped function.
         init: how the factors start. "kaiming", "gaussian", "orthogonal" or a function
             (key, (fan_in, rank), dtype) -> array draw A, and B starts at zero. "pissa",
-            "pissa_niter_4" (any number of iterations) and "olora" take both from W itself.
+            "pissa_niter_4" (any number of iterations) and "olora" take both from W itself. "eva"
+            takes A from W's inputs, "corda", "corda_kpm" and "lora_ga" take both from W's inputs or
+            gradients: `lorax_fn.init` is then given a function and batches. What starts other than
+            at zero is taken off W, so that the function starts unchanged.
         dtype: the factors' dtype, whatever the weight's; float32 keeps half-precision bases stable.
         freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
         exclude: leaves to leave out, in any form that `targets` takes.
@@ -130,7 +146,7 @@ class LoRA(Rule):
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
-    init: str | Initializer = "kaiming"
+    init: str | Initializer | Start = "kaiming"
     dtype: DTypeLike = jnp.float32
     freeze_a: bool = False
     exclude: Targets | None = None
@@ -141,10 +157,10 @@ class LoRA(Rule):
         check_alpha(self.alpha)
         check_probability("dropout", self.dropout)
         known = isinstance(self.init, str) and (
-            self.init in INITIALIZERS or SPECTRAL.fullmatch(self.init)
+            self.init in INITIALIZERS or self.init in PROBES or SPECTRAL.fullmatch(self.init)
         )
-        if not callable(self.init) and not known:
-            names = sorted([*INITIALIZERS, "olora", "pissa", "pissa_niter_4"])
+        if not known and not callable(self.init) and not isinstance(self.init, Start):
+            names = sorted([*INITIALIZERS, *PROBES, "olora", "pissa", "pissa_niter_4"])
             raise LoraError(
                 f"init={self.init!r} is unknown; wanted one of {names} or a "
                 "function (key, shape, dtype) -> array."
@@ -157,16 +173,47 @@ class LoRA(Rule):
         alpha = self.rank if self.alpha is None else self.alpha
         return float(alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def probe(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> Probe | None:
+        """What is to be shown batches before `make`, where the factors start from data."""
+        kind = PROBES.get(self.init) if isinstance(self.init, str) else None
+        if kind is None:
+            return None
+        axes = self._axes(path, leaf, axes)
+        _, contract, out = map(math.prod, split_shape(leaf.shape, axes))
+        largest = kind.largest_rank(contract, out)
+        if self.rank > largest:
+            raise LoraError(
+                f"rank={self.rank} is above {largest}, the most that init={self.init!r} can give "
+                f"{path!r} of shape {list(leaf.shape)}. Lower the rank, or choose another init."
+            )
+        return kind.of(key, leaf, axes, self.rank)
+
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> LoRAFactors:
-        """The factors of one weight: A drawn and B zero, or both from the weight."""
-        axes = resolve_axes(type(self).__name__, path, leaf, self.axes or axes)
-        check_largest_rank(path, leaf, axes, self.rank)
-        batch, contract, out = split_shape(leaf.shape, axes)
-        start = None
-        if isinstance(self.init, str) and SPECTRAL.fullmatch(self.init):
-            a, b = start_from(self.init, key, leaf, axes, self.rank, self.scale, self.dtype)
-            start = (a, b)
-        else:
-            a = draw(self.init, key, batch, contract, self.rank, self.dtype)
+        """The factors of one weight: A drawn and B zero, or both from the weight or from data."""
+        axes = self._axes(path, leaf, axes)
+        a, b = self._start(key, leaf, axes)
+        # Copies: a training step that donates its factors may not donate an array twice.
+        start = None if b is None else (jnp.copy(a), jnp.copy(b))
+        if b is None:
+            batch, _, out = split_shape(leaf.shape, axes)
             b = jnp.zeros((*batch, self.rank, *out), self.dtype)
         return LoRAFactors(a, b, self.scale, axes, float(self.dropout), self.freeze_a, start)
+
+    def _axes(self, path: str, leaf: Any, axes: Axes | None) -> Axes:
+        axes = resolve_axes(type(self).__name__, path, leaf, self.axes or axes)
+        check_largest_rank(path, leaf, axes, self.rank)
+        return axes
+
+    def _start(self, key: jax.Array, leaf: Any, axes: Axes) -> tuple[Any, Any | None]:
+        """(a, b), b None where it is zero."""
+        if isinstance(self.init, Start):
+            return jax.tree.map(lambda array: array.astype(self.dtype), (self.init.a, self.init.b))
+        if isinstance(self.init, str) and self.init in PROBES:
+            raise LoraError(
+                f"init={self.init!r} looks at data; wanted lora.init(key, params, rules, "
+                "apply_fn=loss_fn, batches=batches), which calls loss_fn(params, *batch)."
+            )
+        if isinstance(self.init, str) and SPECTRAL.fullmatch(self.init):
+            return start_from(self.init, key, leaf, axes, self.rank, self.scale, self.dtype)
+        batch, contract, _ = split_shape(leaf.shape, axes)
+        return draw(self.init, key, batch, contract, self.rank, self.dtype), None

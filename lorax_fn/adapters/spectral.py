@@ -7,13 +7,13 @@ adapter holds that second product, so that the base is never changed.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.adapters.matrices import as_factors, as_matrices
 from lorax_fn.axes import Axes
 
 SPECTRAL = re.compile(r"pissa(_niter_(?P<iterations>[0-9]+))?|olora")
@@ -24,21 +24,13 @@ def start_from(
     name: str, key: jax.Array, leaf: Any, axes: Axes, rank: int, scale: float, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """(a, b), shaped as factors are; s·a·b is the part of the weight that the method trains."""
-    batch, contract, out = (
-        tuple(leaf.shape[d] for d in dims) for dims in (axes.batch, axes.contract, axes.out)
-    )
     if isinstance(leaf, jax.ShapeDtypeStruct):
         leaf = jnp.zeros(leaf.shape, leaf.dtype)
-    order = (*axes.batch, *axes.contract, *axes.out)
-    matrices = jnp.transpose(leaf.astype(jnp.float32), order).reshape(
-        math.prod(batch), math.prod(contract), math.prod(out)
-    )
+    matrices = as_matrices(leaf, axes)  # (batch, contract, out)
     keys = jax.random.split(key, len(matrices))
     a, b = jax.vmap(lambda k, w: _start(name, k, w, rank, scale))(keys, matrices)
-    return (
-        a.reshape(*batch, *contract, rank).astype(dtype),
-        b.reshape(*batch, rank, *out).astype(dtype),
-    )
+    a, b = as_factors(a, b, leaf.shape, axes)
+    return a.astype(dtype), b.astype(dtype)
 
 
 def _start(

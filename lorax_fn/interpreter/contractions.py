@@ -21,6 +21,7 @@ from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
+from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
@@ -75,7 +76,8 @@ class Contraction:
 
         later = (*self.out, *second.dims)
         x, gains = apply_gains(x, term.gains)
-        thin = self.dot(drop(x, term, use), first.astype(dtype), later)  # (x's free dims…, r)
+        into = enter(drop(x, term, use), term)
+        thin = observe(self.dot(into, first.astype(dtype), later), term)  # (x's free dims…, r)
         thin, gains = apply_gains(thin.astype(dtype), gains)
         thin, second = scale_smaller(term.scale, thin, second)
         second = _in_order(second, [d for d in self.out if d not in thin.dims])

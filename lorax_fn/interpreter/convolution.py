@@ -24,6 +24,7 @@ from lorax_fn.interpreter.contractions import (
 )
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
+from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
@@ -42,8 +43,8 @@ def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
         pair = _first_and_second(term, eqn.params, weight.shape)
         if pair is None:
             return NotImplemented
-        dropped = drop(Factor(x, tuple(range(x.ndim))), term, next(ctx.uses)).array
-        shares.append(_share(eqn.params, dropped, weight, term.scale, *pair))
+        into = enter(drop(Factor(x, tuple(range(x.ndim))), term, next(ctx.uses)), term)
+        shares.append(_share(eqn.params, into.array, weight, term, *pair))
     ctx.factored(weight, eqn)
     total = PendingSum(compat.bind(eqn, [x, weight.base]), tuple(shares))
     return gained(total, out_labels, gains)
@@ -85,7 +86,7 @@ def _share(
     params: dict[str, Any],
     x: jax.Array,
     weight: Weight,
-    scale: float,
+    term: Term,
     first: Factor,
     second: Factor,
 ) -> jax.Array:
@@ -110,7 +111,8 @@ def _share(
     )  # the output's layout, groups·r features
     feature = numbers.out_spec[1]
     labels = tuple(RANK if axis == feature else ("y", axis) for axis in range(x.ndim))
-    thin, second = scale_smaller(scale, Factor(convolved, labels), second)
+    thin = observe(Factor(convolved, labels), term)
+    thin, second = scale_smaller(term.scale, thin, second)
     second = second.astype(weight.dtype)
     if groups == 1:
         return _project(thin, second, feature, params)

@@ -93,7 +93,7 @@ def _is_stackable(weight: Weight, model: Weight, dim: int) -> bool:
     return (
         (dim in term.a.dims) == (dim in term.b.dims)
         and (term.a.dims, term.b.dims) == (wanted.a.dims, wanted.b.dims)
-        and term.dropout == wanted.dropout
+        and (term.dropout, term.observes) == (wanted.dropout, wanted.observes)
         and (term.keys is None) == (wanted.keys is None)
     )
 

@@ -39,7 +39,7 @@ class Term:
 
     `keys` holds a PRNG key for each batch dim of the weight, or None where dropout is off;
     `dropout` is the probability with which an input of A is dropped. A gain spans dims of A, or of
-    B, or the rank.
+    B, or the rank. `observes` makes the cotangent of A the second moment of its inputs, xᵀ·x·A.
     """
 
     a: Factor
@@ -48,6 +48,7 @@ class Term:
     scale: float = _static()
     dropout: float = _static()
     gains: tuple[Factor, ...] = ()
+    observes: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_thin(self) -> bool:

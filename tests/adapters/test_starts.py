@@ -1,5 +1,7 @@
 """How factors start: drawn, or taken from the weight."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +89,25 @@ def test_an_unknown_initialiser_is_refused_with_the_list():
 def test_a_rank_above_what_the_weight_has_is_refused(weight, init):
     with pytest.raises(lora.LoraError, match=r"rank=10 is above 9"):
         lora.init(jax.random.key(0), {"w": weight}, [lora.LoRA("w", rank=10, init=init)])
+
+
+@pytest.mark.parametrize("rule", [lora.LoRA, lora.DoRA])
+def test_a_trained_start_becomes_plain_factors_of_twice_the_rank(getkey, rule):
+    axes = lora.Axes(batch=(1,), contract=(2,), out=(0,))
+    params = {"w": jax.random.normal(getkey(), (5, 2, 6))}
+    rules = [rule("w", rank=2, alpha=3, init="pissa", axes=axes)]
+    node = lora.init(getkey(), params, rules)["w"]
+    node = dataclasses.replace(node, a=node.a + 0.1, b=node.b * 1.3)
+    plain = node.plain()
+    assert plain.start is None
+    assert (plain.a.shape, plain.b.shape) == ((2, 6, 4), (2, 4, 5))
+    merged, wanted = (lora.merge(params, {"w": n})["w"] for n in (plain, node))
+    np.testing.assert_allclose(merged, wanted, atol=1e-5)
+    assert plain.plain() is plain
+
+
+def test_factors_with_a_start_can_be_donated(weight):
+    """No array stands twice among the factors."""
+    factors = {"w": start(weight, "pissa")}
+    moved = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(factors)
+    assert moved["w"].a.shape == (*weight.shape[:1], RANK)
