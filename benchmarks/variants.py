@@ -3,6 +3,7 @@
 full         every parameter trained
 handwritten  LoRA written into the layers, factors trained
 lorax_fn     the plain model under `lorax_fn.wrap`, factors trained
+dora         the same with DoRA, its magnitudes trained too
 added_up     W + scale * A·B formed first, then the plain model; factors trained
 floor        nothing trained: the plain model, differentiated down to its first layer's input
 """
@@ -20,8 +21,9 @@ import optax
 import lorax_fn
 from benchmarks.handwritten import LoRALayers, add_up
 from benchmarks.model import Config, Transformer
+from lorax_fn.adapters import DoRAFactors
 
-NAMES = ("full", "handwritten", "lorax_fn", "added_up", "floor")
+NAMES = ("full", "handwritten", "lorax_fn", "dora", "added_up", "floor")
 TARGETS = {
     "q,v": ("query", "value"),
     "every kernel": ("query", "key", "value", "out", "up", "down", "head"),
@@ -61,10 +63,16 @@ def build(
         return plain.apply({"params": params}, tokens, nudge)
 
     wrapped = lorax_fn.wrap(apply, dense="error")
-    rule = lorax_fn.LoRA(list(TARGETS[targets]), rank=rank, alpha=scale * rank)
     axes = lorax_fn.infer_axes(apply, params, tokens)
-    draw = jax.jit(lambda params: lorax_fn.init(jax.random.key(3), params, [rule], axes=axes))
-    factors = _filled(make(draw, params), lora)
+
+    def draw(kind: Any) -> Any:
+        rule = kind(list(TARGETS[targets]), rank=rank, alpha=scale * rank)
+        key = jax.random.key(3)
+        made = make(jax.jit(lambda params: lorax_fn.init(key, params, [rule], axes=axes)), params)
+        return _filled(made, lora)
+
+    factors = draw(lorax_fn.LoRA)
+    dora = make(jax.jit(_keep_lengths), draw(lorax_fn.DoRA), summed)
     adamw = optax.adamw(1e-4)
 
     def step(forward: Callable[..., jax.Array], tx: Any = adamw) -> Callable[..., Any]:
@@ -81,6 +89,10 @@ def build(
         value, gradient = jax.value_and_grad(loss)(nudge)
         return gradient, None, value
 
+    def adapted(factors: Any) -> Variant:
+        forward = lambda factors, params, tokens: wrapped(params, factors, tokens)
+        return Variant(step(forward, tx), (factors, make(tx.init, factors), params, tokens))
+
     tx = lorax_fn.freeze(adamw)
     nudge = jnp.zeros((batch, length, config.width), config.dtype)
     return {
@@ -92,10 +104,8 @@ def build(
             step(lambda lora, p, tokens: by_hand.apply({"params": p, "lora": lora}, tokens)),
             (lora, make(adamw.init, lora), params, tokens),
         ),
-        "lorax_fn": Variant(
-            step(lambda factors, params, tokens: wrapped(params, factors, tokens), tx),
-            (factors, make(tx.init, factors), params, tokens),
-        ),
+        "lorax_fn": adapted(factors),
+        "dora": adapted(dora),
         "added_up": Variant(
             step(lambda lora, params, tokens: apply(add_up(params, lora, scale), tokens)),
             (lora, make(adamw.init, lora), params, tokens),
@@ -126,3 +136,18 @@ def _filled(factors: Any, values: Any) -> Any:
     return {
         name: _filled(sub, values[name]) if name in values else sub for name, sub in factors.items()
     }
+
+
+def _keep_lengths(factors: Any, summed: Any) -> Any:
+    """DoRA's factors with the magnitudes at which it computes what LoRA does."""
+
+    def each(node: Any, weight: Any) -> Any:
+        if not isinstance(node, DoRAFactors):
+            return node
+        squares = jnp.square(weight.astype(jnp.float32)).sum(node.axes.contract)
+        return dataclasses.replace(node, magnitude=jnp.sqrt(squares))
+
+    def is_node(node: Any) -> bool:
+        return node is None or isinstance(node, DoRAFactors)
+
+    return jax.tree.map(each, factors, summed, is_leaf=is_node)
