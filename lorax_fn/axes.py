@@ -60,7 +60,9 @@ class Axes:
         return len(self.batch) + len(self.contract) + len(self.out)
 
 
-def infer_axes(apply_fn: Callable[..., Any], params: Pytree, *args: Any, **kwargs: Any) -> Pytree:
+def infer_axes(
+    apply_fn: Callable[..., Any], params: Pytree, /, *args: Any, **kwargs: Any
+) -> Pytree:
     """Returns a pytree parallel to `params` of `Axes`, or `None` where nothing contracts the leaf.
 
     `apply_fn(params, *args, **kwargs)` is traced once and never computed, so arrays may be

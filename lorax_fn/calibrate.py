@@ -65,7 +65,8 @@ def calibrate(
 
 
 def _started(rule: Any, probe: Probe, leaf: Any) -> Rule:
-    return dataclasses.replace(rule, init=probe.start(leaf, rule.rank, rule.scale))
+    with jax.default_matmul_precision("highest"):
+        return dataclasses.replace(rule, init=probe.start(leaf, rule.rank, rule.scale))
 
 
 def _show(
@@ -92,7 +93,8 @@ def _show(
                 total = jax.tree.map(jnp.add, total, gradient(active, params, batch))
                 bar.update()
             _check_seen(total)
-            probes |= {path: p.next(total[path], index) for path, p in active.items()}
+            with jax.default_matmul_precision("highest"):
+                probes |= {path: p.next(total[path], index) for path, p in active.items()}
     return probes
 
 

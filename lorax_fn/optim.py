@@ -52,6 +52,7 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     >>> sum(leaf.size for leaf in jax.tree.leaves(state))  # two moments of 300 + 200, a count
     1001
     """
+    _check_transformation("freeze", tx)
     masked = optax.chain(
         optax.masked(tx, trainable_mask), optax.masked(optax.set_to_zero(), _frozen_mask)
     )
@@ -65,6 +66,14 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         return masked.init(tree)
 
     return optax.GradientTransformationExtraArgs(init, masked.update)
+
+
+def _check_transformation(name: str, tx: Any) -> None:
+    """Raises `LoraError` unless tx is an optax transformation, made already."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise LoraError(
+            f"{name} got {tx!r}; wanted an optax transformation, such as optax.adamw(1e-4)."
+        )
 
 
 def _frozen_mask(tree: Pytree) -> Pytree:
@@ -126,6 +135,7 @@ def lora_plus(
     >>> updates["w"].a[0, 0].item(), updates["w"].b[0, 0].item()
     (-1.0, -4.0)
     """
+    _check_transformation("lora_plus", tx)
     if not isinstance(ratio, int | float) or not (ratio > 0 and math.isfinite(ratio)):
         raise LoraError(f"ratio={ratio!r}: wanted a positive number, such as 16.")
 
@@ -178,17 +188,20 @@ def precondition(delta: float = 1e-6) -> optax.GradientTransformation:
                 return grad
             return _preconditioned(grad, node, delta)
 
-        return jax.tree.map(
-            each, updates, params, is_leaf=lambda node: isinstance(node, LoRAFactors)
-        )
+        with jax.default_matmul_precision("highest"):
+            return jax.tree.map(
+                each, updates, params, is_leaf=lambda node: isinstance(node, LoRAFactors)
+            )
 
     return optax.stateless(update)
 
 
 def _preconditioned(grad: LoRAFactors, node: LoRAFactors, delta: float) -> LoRAFactors:
-    if isinstance(node.a, optax.MaskedNode):
+    hidden = [name for name in "ab" if isinstance(getattr(node, name), optax.MaskedNode)]
+    if hidden:
         raise LoraError(
-            "precondition sees no A: freeze_a hides it within lora.freeze. Use "
+            f"precondition sees no {' and '.join(hidden)}: lora.freeze hides a frozen A, "
+            "optax.partition what has another label. Put it outside of them: "
             "optax.chain(lora.precondition(), lora.freeze(tx))."
         )
     n_batch = len(node.axes.batch)

@@ -82,7 +82,8 @@ class Report:
     def to_markdown(self) -> str:
         """The rows as a Markdown table, the totals below it."""
         lines = [_HEADER, ["---"] * len(_HEADER), *self._cells()]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
         return f"{table}\n\n{self._summary()}"
 
     def _cells(self) -> list[list[str]]:
@@ -104,7 +105,13 @@ class Report:
 
 
 def inspect(
-    apply_fn: Callable[..., Any], params: Pytree, factors: Pytree, *args: Any, **kwargs: Any
+    apply_fn: Callable[..., Any],
+    params: Pytree,
+    factors: Pytree,
+    /,
+    *args: Any,
+    lora_key: Any = None,
+    **kwargs: Any,
 ) -> Report:
     """Reports, for each adapted leaf, how `apply_fn` uses it and whether it stays factored.
 
@@ -115,6 +122,7 @@ def inspect(
         params: the frozen base.
         factors: what `init` made for it.
         args: the function's further arguments.
+        lora_key: as `wrap` takes it; what is reported does not depend on it.
         kwargs: its keyword arguments.
 
     Returns:
@@ -130,6 +138,7 @@ def inspect(
     >>> report.rows[0].ops, report.dense, report.totals.trainable
     (('dot_general',), [], 192)
     """
+    del lora_key
     check_function(apply_fn)
     pairs = pair(params, factors)
     events: dict[Event, None] = {}

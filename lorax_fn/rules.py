@@ -23,21 +23,23 @@ def assign_rules(params: Pytree, rules: Rule | Iterable[Rule]) -> dict[str, Rule
     rules = _checked(rules)
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(params) if is_array(leaf)]
     predicates = [compile_targets(rule.targets, rule.exclude) for rule in rules]
-    matched: set[int] = set()
-    assigned: dict[str, Rule] = {}
-    for path, leaf in leaves:
-        hits = [i for i, matches in enumerate(predicates) if matches(path, leaf)]
-        matched.update(hits)
-        if hits:
-            assigned[path] = rules[hits[0]]
+    hits = {
+        path: [i for i, matches in enumerate(predicates) if matches(path, leaf)]
+        for path, leaf in leaves
+    }
     for i, rule in enumerate(rules):
-        if i not in matched:
-            raise _no_match(rule, [path for path, _ in leaves])
-    return assigned
+        matched = [path for path in hits if i in hits[path]]
+        if not matched:
+            raise _no_match(rule, list(hits))
+        if all(hits[path][0] != i for path in matched):
+            raise _shadowed(rule, matched[0], rules[hits[matched[0]][0]])
+    return {path: rules[found[0]] for path, found in hits.items() if found}
 
 
 def _checked(rules: Rule | Iterable[Rule]) -> list[Rule]:
-    rules = [rules] if isinstance(rules, Rule | str) else list(rules)
+    if isinstance(rules, Rule | str) or not isinstance(rules, Iterable):
+        rules = [rules]
+    rules = list(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TargetError(
@@ -49,11 +51,21 @@ def _checked(rules: Rule | Iterable[Rule]) -> list[Rule]:
     return rules
 
 
+def _shadowed(rule: Rule, path: str, taker: Rule) -> TargetError:
+    return TargetError(
+        f"{_name(rule)} gets none of the leaves that it matches: rules before it take them all, "
+        f"{_name(taker)} takes {path!r}. The first that matches wins: put the special rule first, "
+        "or drop this one."
+    )
+
+
+def _name(rule: Rule) -> str:
+    what = f"{type(rule).__name__}({describe(rule.targets)})"
+    return what if rule.exclude is None else f"{what} without {describe(rule.exclude)}"
+
+
 def _no_match(rule: Rule, paths: list[str]) -> TargetError:
-    name = type(rule).__name__
-    what = f"{name}({describe(rule.targets)})"
-    if rule.exclude is not None:
-        what += f" without {describe(rule.exclude)}"
+    what = _name(rule)
     if not paths:
         return TargetError(f"{what} matches nothing: params hold no arrays.")
     nearest = ", ".join(map(repr, nearest_paths(rule.targets, paths)))

@@ -123,7 +123,7 @@ def _takes_params_second(
 
     try:
         jax.make_jaxpr(exchanged)(*arrays)
-    except _MISUSE:
+    except Exception:  # noqa: BLE001 (whatever it is, the first call's error is the one to report)
         return False
     return True
 

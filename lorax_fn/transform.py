@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import DenseWarning, LoraError
@@ -117,7 +118,7 @@ def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pyt
     """
 
     def merged(path: str, leaf: Any, adapter: Adapter) -> jax.Array:
-        result = _placed_like(leaf, _merged)(leaf, adapter)
+        result = _as_leaf(_placed_like(leaf, _merged)(leaf, adapter), leaf)
         if check_finite and isinstance(result, jax.core.Tracer):
             raise LoraError(
                 "check_finite looks at values, which a traced merge has not; call merge outside of "
@@ -137,6 +138,8 @@ def unmerge(params: Pytree, factors: Pytree) -> Pytree:
     """Takes merged factors out of params again: the inverse of `merge`, to rounding.
 
     Repeated merging and unmerging in half precision drifts; where the base can be kept, keep it.
+    DoRA and IA3 multiply: an output whose multiplier is zero comes back as zero, and one of DoRA's
+    whose change is as long as its weight may come back as another weight with the same merged one.
 
     Args:
         params: what `merge` returned.
@@ -150,7 +153,7 @@ def unmerge(params: Pytree, factors: Pytree) -> Pytree:
     """
 
     def unmerged(_: str, leaf: Any, adapter: Adapter) -> jax.Array:
-        return _placed_like(leaf, _unmerged)(leaf, adapter)
+        return _as_leaf(_placed_like(leaf, _unmerged)(leaf, adapter), leaf)
 
     return _map_adapted(unmerged, params, factors)
 
@@ -171,6 +174,11 @@ def _merged(leaf: Any, adapter: Adapter) -> jax.Array:
 
 def _unmerged(leaf: Any, adapter: Adapter) -> jax.Array:
     return adapter.remove(jnp.asarray(leaf), "")
+
+
+def _as_leaf(result: jax.Array, leaf: Any) -> Any:
+    """The result in the leaf's dtype, also in one that JAX has disabled (numpy's float64)."""
+    return result if result.dtype == leaf.dtype else np.asarray(result, leaf.dtype)
 
 
 def _placed_like(leaf: Any, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -165,7 +165,7 @@ def test_preconditioning_with_a_frozen_a_stands_outside_of_freeze(getkey):
     factors = stacked_factors(getkey, freeze_a=True)
     grads = jax.tree.map(jnp.ones_like, factors)
     inside = lora.freeze(optax.chain(lora.precondition(), optax.sgd(1.0)))
-    with pytest.raises(lora.LoraError, match=r"freeze_a.*optax.chain"):
+    with pytest.raises(lora.LoraError, match=r"sees no a: lora.freeze hides .*optax.chain"):
         inside.update(grads, inside.init(factors), factors)
     outside = optax.chain(lora.precondition(), lora.freeze(optax.sgd(1.0)))
     updates, _ = outside.update(grads, outside.init(factors), factors)
@@ -177,6 +177,8 @@ def test_preconditioning_with_a_frozen_a_stands_outside_of_freeze(getkey):
     ("make", "wanted"),
     [
         (lambda: lora.lora_plus(optax.sgd(1.0), ratio=0), r"ratio=0.*16"),
+        (lambda: lora.lora_plus(optax.sgd), r"lora_plus got .*optax\.adamw\(1e-4\)"),
+        (lambda: lora.freeze(optax.adam), r"freeze got .*optax\.adamw\(1e-4\)"),
         (lambda: lora.lora_plus(optax.sgd(1.0), ratio=float("nan")), r"ratio=nan"),
         (lambda: lora.precondition(-1e-3), r"delta=-0.001.*1e-6"),
     ],
@@ -191,3 +193,12 @@ def test_preconditioning_asks_for_the_factors(getkey):
     tx = lora.precondition()
     with pytest.raises(lora.LoraError, match="needs the factors"):
         tx.update(factors, tx.init(factors))
+
+
+def test_preconditioning_stands_outside_of_a_partition(getkey):
+    factors = stacked_factors(getkey)
+    grads = jax.tree.map(jnp.ones_like, factors)
+    parts = {"a": optax.chain(lora.precondition(), optax.sgd(1.0)), "b": optax.sgd(1.0)}
+    tx = optax.partition(parts, lora.param_labels)
+    with pytest.raises(lora.LoraError, match=r"sees no b: .*optax.partition"):
+        tx.update(grads, tx.init(factors), factors)

@@ -1,5 +1,7 @@
 """`inspect` and its `Report`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,4 +57,22 @@ def test_prints_an_aligned_table_and_markdown(report):
     assert lines[0].split()[:3] == ["path", "shape", "kind"]
     assert all(line.index("LoRA") == lines[2].index("Full") for line in lines[3:5])
     assert "1 of 3 leaves added up" in lines[-1]
-    assert report.to_markdown().count("\n| ") == 4
+
+
+def test_every_line_of_the_markdown_table_has_as_many_cells(report):
+    table = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    cells = [re.split(r"(?<!\\)\|", line) for line in table]
+    assert len(table) == 5
+    assert {len(line) for line in cells} == {len(cells[1])}
+
+
+def test_keywords_are_the_functions_own():
+    """Also those that are called as parameters of `inspect` and `infer_axes` are."""
+    params = {"w": jnp.ones((4, 3))}
+    apply = lambda p, x, params, factors: x @ p["w"] * params * factors
+    given = {"params": jnp.ones(()), "factors": jnp.ones(())}
+    axes = lora.infer_axes(apply, params, jnp.ones((2, 4)), **given)
+    factors = lora.init(jax.random.key(0), params, [lora.LoRA("w", rank=1)], axes=axes)
+    x, key = jnp.ones((2, 4)), jax.random.key(0)
+    report = lora.inspect(apply, params, factors, x, lora_key=key, **given)
+    assert report.rows[0].ops == ("dot_general",)

@@ -156,3 +156,16 @@ def test_rebuild_wants_one_value_for_each_array():
     traced = trace(lambda p: (p, p + 1), jnp.ones(2), (), {})
     with pytest.raises(TypeError, match="got 1 arrays for a tree with 2"):
         traced.rebuild([jnp.ones(2)])
+
+
+def test_an_error_of_a_trial_with_exchanged_arguments_does_not_hide_the_first():
+    class ForeignError(Exception):
+        pass
+
+    def apply(params, batch):
+        if "w" not in params:
+            raise ForeignError
+        return params["w"] @ batch["typo"]
+
+    with pytest.raises(KeyError, match="typo"):
+        trace(apply, {"w": jnp.ones((2, 2))}, ({"x": jnp.ones(2)},), {})

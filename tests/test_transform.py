@@ -192,3 +192,12 @@ def test_dropout_masks_differ_by_layer_of_a_scan_and_by_weight(getkey):
     layers, other = jax.jit(lora.wrap(apply_fn))(params, ones, x, lora_key=getkey())
     counts = {float(y[0]) for y in (*layers, other)}
     assert len(counts) == 3
+
+
+def test_merge_keeps_a_dtype_that_jax_has_disabled():
+    params = {"w": np.ones((3, 2))}
+    assert params["w"].dtype == np.float64
+    factors = lora.init(jax.random.key(0), params, [lora.LoRA("w", rank=1, alpha=2)])
+    merged = lora.merge(params, factors)
+    assert merged["w"].dtype == np.float64
+    np.testing.assert_array_equal(lora.unmerge(merged, factors)["w"], params["w"])

@@ -21,6 +21,7 @@ from lorax_fn.adapters.low_rank import (
     SummedAdapter,
     alpha_over_rank,
     check_alpha,
+    check_count,
     check_dtype,
     check_fits,
     check_largest_rank,
@@ -104,7 +105,7 @@ class AdaLoRA(Rule):
         dropout: probability of dropping an input of A; acts when `lora_key` is given.
         dtype: the dtype of the triplets.
         exclude: leaves to leave out.
-        axes: the roles of the dims of every targeted weight, where `init` is given no axes.
+        axes: the roles of the dims of every targeted weight, in place of what `init` is given.
 
     Raises:
         LoraError: if a hyperparameter is out of its range.
@@ -196,7 +197,7 @@ class RankBudget:
         target_rank: triplets to keep for each adapted matrix, on average.
         total_steps: the length of the training.
         warmup: steps at the start in which nothing is dropped.
-        final_steps: steps at the end in which nothing more is dropped.
+        final_steps: steps at the end in which the number of triplets kept stays the same.
         beta1: the average of sensitivities |w·∂L/∂w| keeps this share.
         beta2: and the average of their deviations this one.
 
@@ -214,6 +215,8 @@ class RankBudget:
 
     def __post_init__(self) -> None:
         check_rank(self.target_rank)
+        for name in ("total_steps", "warmup", "final_steps"):
+            check_count(name, getattr(self, name))
         if min(self.warmup, self.final_steps) < 0 or (
             self.warmup + self.final_steps >= self.total_steps
         ):
@@ -237,7 +240,10 @@ class RankBudget:
     ) -> tuple[Pytree, BudgetState]:
         """Factors with the entries e of the dropped triplets at zero, and the next state."""
         nodes, grad_nodes = _nodes(factors), _nodes(grads)
-        now = jax.tree.map(lambda w, g: jnp.abs(w * g), nodes, grad_nodes)
+        # A step whose gradients are not finite says nothing, and must not stay in the averages.
+        now = jax.tree.map(
+            lambda w, g: jnp.nan_to_num(jnp.abs(w * g), posinf=0.0), nodes, grad_nodes
+        )
         mean = jax.tree.map(
             lambda old, new: self.beta1 * old + (1 - self.beta1) * new, state.sensitivity, now
         )

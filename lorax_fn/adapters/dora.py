@@ -11,6 +11,7 @@ outputs, and the norm comes from products no larger than the factors,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.adapters.lora import LoRA, LoRAFactors
-from lorax_fn.adapters.low_rank import check_fits, split_shape, sum_over_contract
+from lorax_fn.adapters.low_rank import check_abstract, check_fits, split_shape, sum_over_contract
 from lorax_fn.axes import Axes
-from lorax_fn.interpreter import RANK, Factor, Term, Weight, labelled_dot
+from lorax_fn.interpreter import RANK, Factor, Term, Weight, labelled_dot, wide_dtype
 
 _OTHER_RANK = "other rank"  # labels the second rank axis of AᵀA
 
@@ -63,10 +64,11 @@ class DoRAFactors(LoRAFactors):
         Of the two solutions the larger is taken, which is the right one wherever ‖V‖ < ‖W‖.
         """
         dims = (*self.axes.batch, *self.axes.out)
-        unit = Factor(merged.astype(jnp.float32), tuple(range(merged.ndim)))
-        unit = unit.times(Factor(self.magnitude, dims), lax.div)
+        dtype = wide_dtype(merged.dtype)
+        m = Factor(jnp.where(self.magnitude == 0, 1, self.magnitude), dims)
+        unit = Factor(merged.astype(dtype), tuple(range(merged.ndim))).times(m, lax.div)
         terms = self.terms(merged.shape, None)
-        change = sum(term.add_up(merged.shape, jnp.float32) for term in terms)
+        change = sum(term.add_up(merged.shape, dtype) for term in terms)
         along = sum_over_contract(unit.array * change, self.axes)
         across = sum_over_contract(jnp.square(change), self.axes)
         n = along + jnp.sqrt(jnp.maximum(along**2 - across + self.squared_norm, 0))
@@ -85,11 +87,13 @@ def _squared_norm(weight: Any, terms: Sequence[Term], squared: Factor) -> jax.Ar
     a = Factor(jnp.concatenate([t.a.array for t in terms], -1), terms[0].a.dims)
     b_axis = terms[0].b.dims.index(RANK)
     b = Factor(jnp.concatenate([t.b.array * t.scale for t in terms], b_axis), terms[0].b.dims)
-    a, b = lax.stop_gradient((a, b))
-    w = Factor(weight.astype(jnp.float32), tuple(range(weight.ndim)))
-    a_w = labelled_dot(a, w, b.dims)  # (batch…, r, out…)
-    a_a = labelled_dot(a, a.relabel_rank(_OTHER_RANK), (*squared.dims, RANK, _OTHER_RANK))
-    a_a_b = labelled_dot(a_a, b.relabel_rank(_OTHER_RANK), b.dims)
+    dtype = wide_dtype(weight.dtype)
+    a, b = (lax.stop_gradient(factor.astype(dtype)) for factor in (a, b))
+    w = Factor(weight.astype(dtype), tuple(range(weight.ndim)))
+    dot = functools.partial(labelled_dot, precision=lax.Precision.HIGHEST)
+    a_w = dot(a, w, b.dims)  # (batch…, r, out…)
+    a_a = dot(a, a.relabel_rank(_OTHER_RANK), (*squared.dims, RANK, _OTHER_RANK))
+    a_a_b = dot(a_a, b.relabel_rank(_OTHER_RANK), b.dims)
     inner = 2 * a_w.transpose(b.dims).array + a_a_b.transpose(b.dims).array
     return squared.array + (b.array * inner).sum(b_axis)
 
@@ -114,7 +118,8 @@ class DoRA(LoRA):
         fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
         batch, _, out = split_shape(leaf.shape, node.axes)
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            squared = jnp.zeros((*batch, *out), jnp.float32)
+            check_abstract(path, key)
+            squared = jnp.zeros((*batch, *out), wide_dtype(leaf.dtype))
         else:
-            squared = sum_over_contract(jnp.square(leaf.astype(jnp.float32)), node.axes)
+            squared = sum_over_contract(jnp.square(leaf.astype(wide_dtype(leaf.dtype))), node.axes)
         return DoRAFactors(**fields, magnitude=jnp.sqrt(squared), squared_norm=squared)

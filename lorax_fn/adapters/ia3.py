@@ -69,7 +69,7 @@ class IA3(Rule):
         on: "out" scales what the weight yields, "in" what it is given.
         dtype: the gains' dtype.
         exclude: leaves to leave out.
-        axes: the roles of the dims of every targeted weight, where `init` is given no axes.
+        axes: the roles of the dims of every targeted weight, in place of what `init` is given.
 
     Raises:
         LoraError: if `on` is neither word, or dtype no floating one.

@@ -29,7 +29,7 @@ from lorax_fn.adapters.low_rank import (
     split_shape,
 )
 from lorax_fn.axes import Axes
-from lorax_fn.interpreter import RANK, Factor, Term
+from lorax_fn.interpreter import RANK, Factor, Term, wide_dtype
 from lorax_fn.targets import Targets
 
 
@@ -74,8 +74,11 @@ class LoHaFactors(SummedAdapter):
         """One term of rank r²."""
         axes = self.axes
         at = len(axes.batch)
-        a = _products(self.a1, self.a2, self.a1.ndim - 1)
-        b = _products(self.b1, self.b2, at)
+        a1, b1, a2, b2 = (
+            x.astype(wide_dtype(x.dtype)) for x in (self.a1, self.b1, self.a2, self.b2)
+        )
+        a = _products(a1, a2, a1.ndim - 1)
+        b = _products(b1, b2, at)
         term = Term(
             Factor(a, (*axes.batch, *axes.contract, RANK)),
             Factor(b, (*axes.batch, RANK, *axes.out)),
@@ -106,7 +109,7 @@ class LoHa(Rule):
         alpha: the update is scaled by alpha/rank. None means alpha = rank.
         dtype: the factors' dtype.
         exclude: leaves to leave out.
-        axes: the roles of the dims of every targeted weight, where `init` is given no axes.
+        axes: the roles of the dims of every targeted weight, in place of what `init` is given.
 
     Raises:
         LoraError: if rank, alpha or dtype are out of their range.

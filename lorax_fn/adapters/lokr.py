@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from lorax_fn.adapters.base import Rule, static
@@ -31,7 +32,7 @@ from lorax_fn.adapters.low_rank import (
 )
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
-from lorax_fn.interpreter import RANK, Factor, KroneckerTerm, labelled_dot
+from lorax_fn.interpreter import RANK, Factor, KroneckerTerm, labelled_dot, wide_dtype
 from lorax_fn.targets import Targets
 
 
@@ -92,7 +93,8 @@ class LoKrFactors(SummedAdapter):
             right = Factor(self.right, dims)
         else:  # no larger than the right part: it is multiplied out
             a, b = Factor(self.a, (*batch, *contract, RANK)), Factor(self.b, (*batch, RANK, *out))
-            right = labelled_dot(a, b, dims)
+            a, b = a.astype(wide_dtype(self.a.dtype)), b.astype(wide_dtype(self.b.dtype))
+            right = labelled_dot(a, b, dims, precision=lax.Precision.HIGHEST)
         return (KroneckerTerm(Factor(self.left, dims), right, self.scale),)
 
 
@@ -110,7 +112,7 @@ class LoKr(Rule):
         factor: the largest length of a dim's left part; -1 splits each dim as evenly as it can be.
         dtype: the factors' dtype.
         exclude: leaves to leave out.
-        axes: the roles of the dims of every targeted weight, where `init` is given no axes.
+        axes: the roles of the dims of every targeted weight, in place of what `init` is given.
 
     Raises:
         LoraError: if rank, alpha, factor or dtype are out of their range.

@@ -20,6 +20,7 @@ from lorax_fn.adapters.low_rank import (
     check_dtype,
     check_fits,
     check_largest_rank,
+    check_positive,
     check_probability,
     check_rank,
     draw,
@@ -131,7 +132,7 @@ class LoRA(Rule):
         dtype: the factors' dtype, whatever the weight's; float32 keeps half-precision bases stable.
         freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
         exclude: leaves to leave out, in any form that `targets` takes.
-        axes: the roles of the dims of every targeted weight, where `init` is given no axes.
+        axes: the roles of the dims of every targeted weight, in place of what `init` is given.
 
     Raises:
         LoraError: if rank, alpha, dropout, init or dtype are out of their range.
@@ -166,12 +167,14 @@ class LoRA(Rule):
                 "function (key, shape, dtype) -> array."
             )
         check_dtype(self.dtype)
+        if known and self.init not in INITIALIZERS:
+            check_positive(str(self.init), self.scale)
 
     @property
     def scale(self) -> float:
         """What A·B is multiplied by."""
         alpha = self.rank if self.alpha is None else self.alpha
-        return float(alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return float(alpha) / (math.sqrt(self.rank) if self.rslora else float(self.rank))
 
     def probe(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> Probe | None:
         """What is to be shown batches before `make`, where the factors start from data."""
@@ -191,7 +194,7 @@ class LoRA(Rule):
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> LoRAFactors:
         """The factors of one weight: A drawn and B zero, or both from the weight or from data."""
         axes = self._axes(path, leaf, axes)
-        a, b = self._start(key, leaf, axes)
+        a, b = self._start(key, path, leaf, axes)
         # Copies: a training step that donates its factors may not donate an array twice.
         start = None if b is None else (jnp.copy(a), jnp.copy(b))
         if b is None:
@@ -204,7 +207,7 @@ class LoRA(Rule):
         check_largest_rank(path, leaf, axes, self.rank)
         return axes
 
-    def _start(self, key: jax.Array, leaf: Any, axes: Axes) -> tuple[Any, Any | None]:
+    def _start(self, key: jax.Array, path: str, leaf: Any, axes: Axes) -> tuple[Any, Any | None]:
         """(a, b), b None where it is zero."""
         if isinstance(self.init, Start):
             return jax.tree.map(lambda array: array.astype(self.dtype), (self.init.a, self.init.b))
@@ -214,6 +217,7 @@ class LoRA(Rule):
                 "apply_fn=loss_fn, batches=batches), which calls loss_fn(params, *batch)."
             )
         if isinstance(self.init, str) and SPECTRAL.fullmatch(self.init):
-            return start_from(self.init, key, leaf, axes, self.rank, self.scale, self.dtype)
+            options: dict[str, Any] = {"rank": self.rank, "scale": self.scale, "dtype": self.dtype}
+            return start_from(self.init, key, path, leaf, axes, **options)
         batch, contract, _ = split_shape(leaf.shape, axes)
         return draw(self.init, key, batch, contract, self.rank, self.dtype), None

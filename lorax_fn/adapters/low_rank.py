@@ -52,7 +52,7 @@ def dropout_keys(
 
 def alpha_over_rank(alpha: float | None, rank: int) -> float:
     """What an update is scaled by; alpha is the rank where it is None."""
-    return float(rank if alpha is None else alpha) / rank
+    return float(rank if alpha is None else alpha) / float(rank)
 
 
 def resolve_axes(kind: str, path: str, leaf: Any, axes: Axes | None) -> Axes:
@@ -71,6 +71,10 @@ def resolve_axes(kind: str, path: str, leaf: Any, axes: Axes | None) -> Axes:
         raise TargetError(
             f"{path!r} has shape {list(leaf.shape)}; {kind} needs at least two dims to factor. "
             "Exclude the leaf, or train it whole with lora.Full."
+        )
+    if not isinstance(axes, Axes | None):
+        raise AxesError(
+            f"axes={axes!r}: wanted lora.Axes, such as lora.Axes(contract=(0,), out=(1,))."
         )
     axes = axes or (Axes(contract=(0,), out=(1,)) if leaf.ndim == 2 else None)
     if axes is None:
@@ -118,6 +122,12 @@ def draw(
         drawn = jax.vmap(lambda k: function(k, shape, dtype))(keys)
     else:
         drawn = function(key, shape, dtype)
+    if drawn.shape != ((math.prod(batch),) if batch else ()) + shape:
+        raise LoraError(
+            f"init={init!r} drew an array of shape {list(drawn.shape)} for "
+            f"{[math.prod(batch)] if batch else []} + {list(shape)}; wanted a function "
+            "(key, shape, dtype) -> array of that shape."
+        )
     return drawn.reshape(*batch, *fan_in, rank)
 
 
@@ -139,6 +149,23 @@ def check_fits(path: str, leaf: Any, axes: Axes, parts: dict[str, tuple[Any, Dim
         raise StructureError(
             f"factors at {path!r} have {got} with {axes}, which do not fit the weight's shape "
             f"{list(leaf.shape)}. Were they made for these params? Call lora.init on them again."
+        )
+
+
+def check_abstract(path: str, key: jax.Array) -> None:
+    """Raises `LoraError` if values are to be computed from those of an abstract leaf."""
+    if not isinstance(key, jax.core.Tracer):
+        raise LoraError(
+            f"{path!r} is abstract, and its factors start from its values; wanted an array, or all "
+            "of lora.init under jax.eval_shape."
+        )
+
+
+def check_positive(name: str, scale: float) -> None:
+    """Raises `LoraError` unless the scale is one that a start of its own can be divided by."""
+    if scale <= 0:
+        raise LoraError(
+            f"alpha makes the scale {scale}, and init={name!r} divides by it; wanted alpha above 0."
         )
 
 
@@ -165,6 +192,12 @@ def check_rank(rank: Any) -> None:
         raise LoraError(f"rank={rank} is below 1; wanted at least 1.")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises `LoraError` unless the value is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise LoraError(f"{name}={value!r}; wanted an integer.")
+
+
 def check_alpha(alpha: Any) -> None:
     """Raises `LoraError` unless alpha is None or a finite number."""
     if alpha is not None and not is_finite(alpha):
@@ -179,7 +212,11 @@ def check_probability(name: str, value: Any) -> None:
 
 def check_dtype(dtype: Any) -> None:
     """Raises `LoraError` unless dtype is a floating one."""
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        floating = False
+    if not floating:
         raise LoraError(f"dtype={dtype!r} is no floating dtype; float32 is the default.")
 
 

@@ -166,7 +166,9 @@ class CorDA(_InputProbe):
         """The chosen triplets of C·W."""
         moments = as_columns(self.a, self.axes)  # (batch, n, n)
         variance = jnp.trace(moments, axis1=-2, axis2=-1) / moments.shape[-1]
-        moments /= variance[:, None, None]
+        seen = variance > 0  # an expert that saw nothing is treated as one that saw all alike
+        moments = jnp.where(seen[:, None, None], moments, jnp.eye(moments.shape[-1])[None])
+        moments /= jnp.where(seen, variance, 1)[:, None, None]
         moments += DAMPING * jnp.eye(moments.shape[-1])[None]
         u, s, vt = jnp.linalg.svd(moments @ as_matrices(leaf, self.axes), full_matrices=False)
         chosen = self.chosen(rank, s.shape[-1])

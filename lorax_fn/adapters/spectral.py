@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax_fn.adapters.low_rank import check_abstract
 from lorax_fn.adapters.matrices import as_factors, as_matrices
 from lorax_fn.axes import Axes
 
@@ -21,14 +22,24 @@ OVERSAMPLING = 10  # more columns than the rank, in the range finder of the rand
 
 
 def start_from(
-    name: str, key: jax.Array, leaf: Any, axes: Axes, rank: int, scale: float, dtype: Any
+    name: str,
+    key: jax.Array,
+    path: str,
+    leaf: Any,
+    axes: Axes,
+    *,
+    rank: int,
+    scale: float,
+    dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(a, b), shaped as factors are; s·a·b is the part of the weight that the method trains."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
+        check_abstract(path, key)
         leaf = jnp.zeros(leaf.shape, leaf.dtype)
     matrices = as_matrices(leaf, axes)  # (batch, contract, out)
     keys = jax.random.split(key, len(matrices))
-    a, b = jax.vmap(lambda k, w: _start(name, k, w, rank, scale))(keys, matrices)
+    with jax.default_matmul_precision("highest"):
+        a, b = jax.vmap(lambda k, w: _start(name, k, w, rank, scale))(keys, matrices)
     a, b = as_factors(a, b, leaf.shape, axes)
     return a.astype(dtype), b.astype(dtype)
 

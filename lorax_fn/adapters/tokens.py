@@ -72,7 +72,7 @@ class TrainableTokens(Rule):
         tokens: the indices of the rows to train.
         dtype: the rows' dtype.
         exclude: leaves to leave out.
-        axes: the roles of the embedding's dims, where `init` is given no axes.
+        axes: the roles of the embedding's dims, in place of what `init` is given.
 
     Raises:
         LoraError: if tokens are no distinct indices, at least one.

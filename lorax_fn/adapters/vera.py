@@ -23,6 +23,7 @@ from lorax_fn.adapters.low_rank import (
     check_probability,
     check_rank,
     dropout_keys,
+    is_finite,
     resolve_axes,
     split_shape,
 )
@@ -91,7 +92,8 @@ class VeRA(Rule):
     """Rule: train two vectors a weight, between frozen random projections.
 
     Kopiczko et al. 2023, arXiv:2310.11454. Trains r + out numbers a weight. All targets of one
-    shape share the same projections, which depend on `seed` and not on `init`'s key.
+    shape have the same projections, drawn from `seed` and not from `init`'s key; each node keeps
+    its own copy, which costs memory as LoRA's factors of that rank do.
 
     Args:
         targets: which leaves, in any form that `LoRA` takes.
@@ -101,7 +103,7 @@ class VeRA(Rule):
         seed: what the projections are drawn from.
         dtype: the dtype of the vectors and projections.
         exclude: leaves to leave out.
-        axes: the roles of the dims of every targeted weight, where `init` is given no axes.
+        axes: the roles of the dims of every targeted weight, in place of what `init` is given.
 
     Raises:
         LoraError: if a hyperparameter is out of its range.
@@ -126,7 +128,7 @@ class VeRA(Rule):
         check_rank(self.rank)
         check_probability("dropout", self.dropout)
         check_dtype(self.dtype)
-        if not math.isfinite(self.d_initial):
+        if not is_finite(self.d_initial):
             raise LoraError(f"d_initial={self.d_initial!r} is no finite number; 0.1 is usual.")
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> VeRAFactors:

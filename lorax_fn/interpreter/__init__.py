@@ -17,7 +17,7 @@ from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.loop import interpret
 from lorax_fn.interpreter.rule import Context, Event
-from lorax_fn.interpreter.weight import Term, Weight
+from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
 
 __all__ = [
     "RANK",
@@ -29,4 +29,5 @@ __all__ = [
     "Weight",
     "interpret",
     "labelled_dot",
+    "wide_dtype",
 ]

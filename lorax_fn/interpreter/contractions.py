@@ -19,7 +19,7 @@ from jax import lax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
-from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
+from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
@@ -66,6 +66,8 @@ class Contraction:
 
         `use` numbers the contraction: each draws dropout of its own.
         """
+        if not self._meets_gains(x, term):
+            term = term.folded()
         dtype = joint_dtype(x.array.dtype, self.dtype)
         x = x.astype(dtype)  # one-hot integers, masks and 8-bit floats must not round x·first
         first, second = order_factors(term, self.summed)
@@ -87,6 +89,14 @@ class Contraction:
         lengths = dict(zip(self.out, self.shape, strict=True))
         wide = wide.widen(missing, [lengths[d] for d in missing])
         return wide.transpose(self.out).array
+
+    def _meets_gains(self, x: Factor, term: Term) -> bool:
+        """Whether x, x·first or x·first·second spans all dims of each of the term's gains."""
+        first, second = order_factors(term, self.summed)
+        thin = {*x.dims, *first.dims} - (self.summed - {*second.dims})
+        wide = {*x.dims, *first.dims, *second.dims} - self.summed - {RANK}
+        stages = ({*x.dims}, thin, wide)
+        return all(any({*gain.dims} <= stage for stage in stages) for gain in term.gains)
 
 
 def apply_gains(x: Factor, gains: Sequence[Factor]) -> tuple[Factor, tuple[Factor, ...]]:
@@ -123,9 +133,17 @@ def gained(total: PendingSum, labels: Sequence[Label], gains: Sequence[Factor]) 
 
 
 def joint_dtype(x: Any, weight: Any) -> Any:
-    """The dtype in which data meets a factor: the wider of the data's and the weight's."""
+    """The dtype in which data meets a factor: the wider of the data's and the weight's.
+
+    At least bfloat16: floats of eight bits or fewer are for storage, and have no common type.
+    """
+    wide = [jnp.bfloat16 if _is_narrow(dtype) else dtype for dtype in (x, weight)]
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(x, weight)
+        return jnp.promote_types(*wide)
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 
 def order_factors(term: Term, summed: frozenset[int]) -> tuple[Factor, Factor]:

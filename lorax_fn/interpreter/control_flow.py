@@ -85,7 +85,7 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
         return results[:n_carry], results[n_carry:]
 
     one = jax.tree.map(_abstract_slice, xs)
-    carry = _stable_carry(ctx, eqn, lambda trial, c: step(trial, c, one)[0], carry)
+    carry = _stable_carry(ctx, eqn, lambda trial, c, x: step(trial, c, x)[0], carry, one)
 
     def stable_step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
         after, ys = step(ctx, carry, slices)
@@ -132,16 +132,18 @@ def _while(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
 def _stable_carry(
     ctx: Context,
     eqn: Any,
-    step: Callable[[Context, list[Any]], list[Any]],
+    step: Callable[..., list[Any]],
     carry: list[Any],
+    *inputs: Any,
 ) -> list[Any]:
     """Adds up those weights of a loop's carry that the body does not hand on symbolically.
 
-    Those it does hand on may change places, so each gets the paths of all that it may be.
+    Those it does hand on may change places, so each gets the paths of all that it may be. The body
+    is `step(ctx, carry, *inputs)`; inputs may be abstract.
     """
     trial = Context(on_event=lambda event: None)  # the loop proper will report
     while any(isinstance(value, Weight) for value in carry):
-        after = jax.eval_shape(functools.partial(step, trial), carry)
+        after = jax.eval_shape(functools.partial(step, trial), carry, *inputs)
         stable = [_held(ctx, eqn, *pair) for pair in zip(carry, after, strict=True)]
         if all(new is old for new, old in zip(stable, carry, strict=True)):
             break

@@ -45,11 +45,11 @@ def _dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> Any:
 
     def cut(factor: Factor) -> Factor:
         zero = jnp.zeros((), jnp.result_type(starts[0]))
+        corner = factor.per_axis(starts, rank=lambda r: zero)
         return factor.with_array(
             # Not lax.dynamic_slice: it would count a start that is negative still from the end.
             primitives.dynamic_slice_p.bind(
-                factor.array,
-                *factor.per_axis(starts, rank=lambda r: zero),
+                *compat.unify_varying_axes(factor.array, *corner),
                 slice_sizes=tuple(factor.per_axis(sizes, rank=lambda r: r)),
             )
         )

@@ -47,7 +47,9 @@ def _joined(base: Any, operands: Sequence[Any], dim: int) -> Weight:
     paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
     gains = _joined_gains(base, operands, dim) if any(w.gains for w in weights) else ()
     if all(_is_stackable(weight, weights[0], dim) for weight in weights):
-        return Weight(base, (_stacked_term(operands, weights[0], dim),), paths, gains)
+        places = range(len(weights[0].terms))
+        terms = tuple(_stacked_term(operands, weights[0], i, dim) for i in places)
+        return Weight(base, terms, paths, gains)
     return Weight(base, _padded_terms(base, operands, dim), paths, gains)
 
 
@@ -86,10 +88,13 @@ def _padded_terms(base: Any, operands: Sequence[Any], dim: int) -> tuple[Term, .
 
 
 def _is_stackable(weight: Weight, model: Weight, dim: int) -> bool:
-    """Whether the weight has one term, of the model's form, with dim a batch dim or a new one."""
-    if len(weight.terms) != 1 or len(model.terms) != 1:
-        return False
-    (term,), (wanted,) = weight.terms, model.terms
+    """Whether the weight's terms have the model's forms, with dim a batch dim or a new one."""
+    return len(weight.terms) == len(model.terms) and all(
+        _has_form(term, wanted, dim) for term, wanted in zip(weight.terms, model.terms, strict=True)
+    )
+
+
+def _has_form(term: Term, wanted: Term, dim: int) -> bool:
     return (
         (dim in term.a.dims) == (dim in term.b.dims)
         and (term.a.dims, term.b.dims) == (wanted.a.dims, wanted.b.dims)
@@ -98,10 +103,10 @@ def _is_stackable(weight: Weight, model: Weight, dim: int) -> bool:
     )
 
 
-def _stacked_term(operands: Sequence[Any], model: Weight, dim: int) -> Term:
-    """One term for all operands; those that are plain arrays get zero factors."""
-    form = model.terms[0].folded()
-    terms = [op.terms[0].folded() if isinstance(op, Weight) else None for op in operands]
+def _stacked_term(operands: Sequence[Any], model: Weight, place: int, dim: int) -> Term:
+    """One term for those at this place in all operands; plain arrays get zero factors."""
+    form = model.terms[place].folded()
+    terms = [op.terms[place].folded() if isinstance(op, Weight) else None for op in operands]
     lengths = [op.shape[dim] for op in operands]
     rank = max(term.a.length(RANK) for term in terms if term is not None)
     # The scales may differ from layer to layer: they go into B.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
+from jax import lax
 
 from lorax_fn.interpreter.factor import Factor, Label, labelled_dot
 
@@ -63,7 +64,7 @@ class KroneckerTerm:
         left, right = (f.astype(dtype) for f in (self.left, self.right))
         left, right = part(left, split, "left"), part(right, split, "right")
         pairs = parted(range(len(shape)), split)
-        product = labelled_dot(left, right, pairs).transpose(pairs)
+        product = labelled_dot(left, right, pairs, precision=lax.Precision.HIGHEST).transpose(pairs)
         return product.array.reshape(shape) * self.scale
 
     def share(

@@ -32,7 +32,6 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
     terms = [term for term in spanning if term is not None]
     if len(terms) < len(spanning) or any(map(lookup.would_scale_fill, weight.gains)):
         return NotImplemented
-        return NotImplemented
     gathered = Weight(
         base,
         tuple(t.map(lambda f: lookup(f, indices)) for t in terms),
@@ -86,8 +85,9 @@ class _Lookup:
 
     params: dict[str, Any]
     window: dict[int, int]  # dims that survive → the result's dim that each becomes
+    paired: dict[int, int]  # dims that are batch dims of the indices too → the result's dim
     batch: tuple[int, ...]  # the result's dims that come from the indices
-    indexed: frozenset[int]  # dims along which the result depends on the indices
+    indexed: frozenset[int]  # dims along which the indices choose
 
     @property
     def checked(self) -> frozenset[int]:
@@ -108,12 +108,18 @@ class _Lookup:
         kept = [d for d in range(len(shape)) if d not in gone]
         window = dict(zip(kept, numbers.offset_dims, strict=True))
         batch = tuple(d for d in range(out_ndim) if d not in numbers.offset_dims)
-        indexed = frozenset((*numbers.start_index_map, *numbers.operand_batching_dims))
+        indexed = frozenset(numbers.start_index_map)
+        paired = {
+            d: batch[axis]
+            for d, axis in zip(
+                numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+            )
+        }
         if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
             # A slice of full length starts at zero, whatever its index: it is clamped.
             sizes = eqn.params["slice_sizes"]
             indexed -= {d for d in numbers.start_index_map if sizes[d] == shape[d] != 1}
-        return cls(eqn.params, window, batch, indexed)
+        return cls(eqn.params, window, paired, batch, indexed)
 
     def is_activation(self, term: Term) -> bool:
         """Whether A's dims are looked up and B's are not, as in an embedding."""
@@ -131,13 +137,13 @@ class _Lookup:
             for i, d in enumerate(numbers.start_index_map)
             if d in factor.dims and d in self.indexed
         ]
-        pairs = [
+        pairs = sorted(
             (factor.dims.index(d), axis)
             for d, axis in zip(
                 numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
             )
             if d in factor.dims
-        ]
+        )
         # Part of an index says neither that the indices are sorted nor that they are unique.
         n_pairs = len(numbers.operand_batching_dims)
         whole = (len(columns), len(pairs)) == (len(numbers.start_index_map), n_pairs)
@@ -170,10 +176,15 @@ class _Lookup:
 
     def _windowed(self, factor: Factor) -> Factor:
         """A factor that no index touches: only the window's sizes cut it."""
-        limits = factor.per_axis(self.params["slice_sizes"], rank=lambda r: r)
+        becomes = self.window | self.paired
+        sizes = factor.per_axis(self.params["slice_sizes"], rank=lambda r: r)
+        limits = [
+            length if d in self.paired else size
+            for d, length, size in zip(factor.dims, factor.array.shape, sizes, strict=True)
+        ]
         array = lax.slice(factor.array, [0] * len(limits), limits)
-        gone = [d for d in factor.dims if d != RANK and d not in self.window]
-        return Factor(array, factor.dims).squeeze(gone).relabel(self.window.__getitem__)
+        gone = [d for d in factor.dims if d != RANK and d not in becomes]
+        return Factor(array, factor.dims).squeeze(gone).relabel(becomes.__getitem__)
 
 
 RULES[primitives.gather_p] = _gather

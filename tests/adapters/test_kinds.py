@@ -20,6 +20,37 @@ def matmul(params, x):
 
 
 # ------------------------------------------------------------------------------------------
+# What several share
+
+
+def test_a_numpy_rank_gives_a_scale_that_does_not_promote():
+    for rule in (lora.LoRA, lora.LoHa):
+        scale = rule("w", rank=np.int64(4), alpha=6).scale
+        assert type(scale) is float
+    assert type(lora.LoRA("w", rank=np.int64(4), rslora=True).scale) is float
+
+
+@pytest.mark.parametrize("rule", [lora.LoRA, lora.LoHa, lora.LoKr])
+def test_half_precision_factors_are_multiplied_in_float32(getkey, rule):
+    """Merging rounds the sum once: no product of two factors is rounded before."""
+    params, factors = made(rule("w", rank=2, alpha=3, dtype=jnp.bfloat16), shape=(24, 24))
+    factors = jax.tree.map(lambda x: jax.random.normal(getkey(), x.shape, x.dtype), factors)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), factors)
+    merged, wanted = (lora.merge(params, f)["w"] for f in (factors, wide))
+    np.testing.assert_allclose(merged, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [lora.DoRA("w"), lora.LoRA("w", init="pissa")])
+def test_what_starts_from_values_does_not_start_from_shapes(rule):
+    """But under eval_shape, where nothing is computed."""
+    params = {"w": jax.ShapeDtypeStruct((12, 10), jnp.float32)}
+    with pytest.raises(lora.LoraError, match=r"'w' is abstract.*eval_shape"):
+        lora.init(jax.random.key(0), params, [rule])
+    node = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, [rule]))["w"]
+    assert node.a.shape == (12, 8)
+
+
+# ------------------------------------------------------------------------------------------
 # DoRA
 
 
@@ -54,6 +85,13 @@ def test_dora_forms_no_matrix_of_the_weights_size():
     jaxpr = jax.make_jaxpr(jax.grad(loss))(factors, jnp.ones((3, 61)))
     others = [eqn for eqn in jaxpr.eqns if eqn.primitive.name != "stop_gradient"]
     assert max(var.aval.size for eqn in others for var in eqn.outvars) <= 61 * 3
+
+
+def test_a_zero_column_is_merged_and_unmerged_as_one():
+    params = {"w": jnp.ones((6, 4)).at[:, 2].set(0)}
+    factors = lora.init(jax.random.key(0), params, [lora.DoRA("w", rank=2)])
+    back = lora.unmerge(lora.merge(params, factors), factors)
+    np.testing.assert_allclose(back["w"], params["w"], atol=1e-6)
 
 
 def test_a_weight_with_a_zero_column_stays_finite():
@@ -233,6 +271,17 @@ def test_the_budget_falls_along_a_cubic(getkey):
     assert kept == [int(n) for n in wanted]
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_budget_as_it_was(getkey):
+    _, factors = made(lora.AdaLoRA("w", rank=4))
+    factors = jax.tree.map(lambda leaf: jax.random.normal(getkey(), leaf.shape), factors)
+    budget = budgeted(total_steps=100, warmup=90)
+    bad = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan).at[1].set(jnp.inf), factors)
+    _, state = budget.update(factors, bad, budget.init(factors))
+    thinned, state = budget.update(factors, factors, state)
+    np.testing.assert_array_equal(thinned["w"].e, factors["w"].e)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
@@ -242,6 +291,8 @@ def test_the_budget_falls_along_a_cubic(getkey):
         (lambda: lora.orthogonality(made(lora.LoRA("w"))[1]), "no AdaLoRA node"),
         (lambda: lora.IA3("w", on="both"), "'out' or 'in'"),
         (lambda: lora.VeRA("w", d_initial=float("inf")), "d_initial=inf"),
+        (lambda: lora.VeRA("w", d_initial="0.1"), "d_initial='0.1'"),
+        (lambda: budgeted(total_steps="9"), "total_steps='9'; wanted an integer"),
         (lambda: lora.LoKr("w", factor=0), "factor=0"),
         (lambda: lora.LoHa("w", rank=0), "rank=0 is below 1"),
         (lambda: made(lora.LoHa("w", rank=11)), "rank=11 is above 10"),

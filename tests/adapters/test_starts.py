@@ -111,3 +111,19 @@ def test_factors_with_a_start_can_be_donated(weight):
     factors = {"w": start(weight, "pissa")}
     moved = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(factors)
     assert moved["w"].a.shape == (*weight.shape[:1], RANK)
+
+
+def test_a_stack_of_weights_with_starts_costs_what_its_layers_cost(getkey):
+    """Two terms a layer, each stacked: twice what plain LoRA adds, however many layers."""
+    params = {"layers": [jax.random.normal(getkey(), (8, 8)) for _ in range(6)]}
+
+    def stacked(params, x):
+        layer = lambda x, w: (jnp.tanh(x @ w), None)
+        return jax.lax.scan(layer, x, jnp.stack(params["layers"]))[0]
+
+    def added(init):
+        factors = lora.init(getkey(), params, [lora.LoRA(".*", rank=2, alpha=3, init=init)])
+        totals = lora.inspect(stacked, params, factors, jnp.ones((5, 8))).totals
+        return totals.adapted_flops - totals.base_flops
+
+    assert added("pissa") == 2 * added("kaiming")

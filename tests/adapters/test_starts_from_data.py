@@ -373,3 +373,13 @@ def test_a_result_that_cannot_be_differentiated(data):
 def test_abstract_params(data):
     params = {"w": jax.ShapeDtypeStruct((8, 7), jnp.float32)}
     assert "params are abstract" in message_of("eva", linear, params, data[1])
+
+
+def test_an_expert_that_sees_nothing_starts_finite(getkey):
+    params = {"w": jax.random.normal(getkey(), (2, 8, 5))}
+    x = skewed(getkey(), 2, 30, 8).at[1].set(0)
+    apply = lambda p, x: jnp.einsum("end,edf->enf", x, p["w"])
+    axes = lora.infer_axes(apply, params, x)
+    for init in ("eva", "corda", "corda_kpm"):
+        node = start(init, apply, params, [x], axes=axes)["w"]
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(node))

@@ -29,6 +29,7 @@ OPERATIONS = [
     "embedding/two_dims_of_ids",
     "embedding/fill_with_a_value",
     "stack/traced",
+    "stack/every_expert_on_every_token",
     "stack/layer_then_lookup",
     "ragged/dot",
     "chain/long",
@@ -51,12 +52,14 @@ OPERATIONS = [
 ADDED_UP = {
     *(("IA3 in", name) for name in OPERATIONS if name.startswith("conv/")),
     ("IA3 in", "chain/fused_qkv_some_adapted"),
+    ("IA3 in", "stack/every_expert_on_every_token"),
     *((kind, "embedding/fill_with_a_value") for kind in ("DoRA", "IA3")),
 }
 # Where a Kronecker product stays one: matmuls, and what only hands the weight on or transposes it.
 KRONECKER = (
     "dot/",
     "einsum/",
+    "stack/every_expert_on_every_token",
     "scan/",
     "while/",
     "cond/",

@@ -62,6 +62,18 @@ MATCHING = [
         [r"decoder/kernel"],
     ),
     Bad(
+        "rule_that_another_leaves_nothing",
+        lambda: init(rule(r".*kernel", exclude=CONV), lora.Full(r".*head/kernel")),
+        lora.TargetError,
+        [r"Full\(.*head/kernel", r"LoRA\(.*takes 'head/kernel'", r"first"],
+    ),
+    Bad(
+        "number_for_rules",
+        lambda: lora.init(jax.random.key(0), params(), 5),
+        lora.TargetError,
+        [r"\b5\b", r"int", r"lora\.LoRA"],
+    ),
+    Bad(
         "full_rule_without_a_match",
         lambda: init(lora.Full(r"heads/kernel")),
         lora.TargetError,
@@ -147,6 +159,12 @@ AXES = [
         [r"conv/kernel", r"out"],
     ),
     Bad(
+        "tuples_for_axes",
+        lambda: init(rule(r"encoder/query/kernel", axes=((0,), (1,)))),
+        lora.AxesError,
+        [r"\(\(0,\), \(1,\)\)", r"lora\.Axes"],
+    ),
+    Bad(
         "axes_of_another_tree",
         lambda: init(rule(CONV), axes={"kernel": lora.Axes((), (0, 1), (2,))}),
         lora.LoraError,
@@ -155,6 +173,25 @@ AXES = [
 ]
 
 NUMBERS = [
+    Bad("dtype_misspelt", lambda: rule(dtype="flaot32"), lora.LoraError, [r"flaot32", r"float32"]),
+    Bad(
+        "initializer_of_another_shape",
+        lambda: init(rule(init=lambda key, shape, dtype: jnp.zeros(3, dtype))),
+        lora.LoraError,
+        [r"\[3\]", r"wanted a function"],
+    ),
+    Bad(
+        "spectral_start_with_alpha_zero",
+        lambda: rule(init="pissa", alpha=0),
+        lora.LoraError,
+        [r"scale 0\.0", r"pissa", r"alpha above 0"],
+    ),
+    Bad(
+        "start_from_data_with_alpha_below_zero",
+        lambda: rule(init="lora_ga", alpha=-2, rank=4),
+        lora.LoraError,
+        [r"scale -0\.5", r"lora_ga"],
+    ),
     Bad("rank_zero", lambda: init(rule(rank=0)), lora.LoraError, [r"rank", r"\b0\b", r"1"]),
     Bad("rank_negative", lambda: init(rule(rank=-3)), lora.LoraError, [r"rank", r"-3"]),
     Bad("rank_fraction", lambda: init(rule(rank=2.5)), lora.LoraError, [r"rank", r"2\.5"]),

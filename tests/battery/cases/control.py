@@ -149,6 +149,15 @@ def weight_as_carry(p, x):
     return h @ w, sums
 
 
+def fast_weights(p, x):
+    """A weight that fades from step to step, met with the step's own input."""
+    return lax.scan(lambda w, row: (0.9 * w, row @ w), p["w"], x["x"])[1]
+
+
+def fast_weights_reference(p, x):
+    return np.stack([row @ (0.9**i * p["w"]) for i, row in enumerate(x["x"])])
+
+
 def weight_as_carry_reference(p, x):
     h, sums = x["x"], []
     for _ in range(3):
@@ -250,6 +259,7 @@ SCANS = [
         weights={"w": LAYERS},
     ),
     case("scan/weight_as_carry", weight_as_carry, weight_as_carry_reference),
+    case("scan/fast_weights", fast_weights, fast_weights_reference),
     case("scan/weight_as_ys", weight_as_ys, weight_as_ys_reference, weights={"w": LAYERS}),
     case("scan/constant_as_ys", const_as_ys, lambda p, x: thrice(p, x) @ p["w"]),
     case(

@@ -90,6 +90,16 @@ CASES = [
     einsum_case("einsum/out_projection", "bthd,hdo->bto", W("cco", 2, 4, 5), F(3, 2, 2, 4)),
     einsum_case("einsum/query_projection", "btd,dhk->bhtk", W("coo", 7, 3, 5), F(2, 2, 7)),
     OpCase(
+        name="dot/eight_bit_input",
+        weights={"w": W("co", 7, 5)},
+        inputs={"x": F(3, 7, dtype=jnp.float8_e4m3fn)},
+        fn=lambda p, x: lax.dot_general(
+            x["x"], p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        ),
+        reference=lambda p, x: x["x"] @ p["w"],
+        without=frozenset({"grad"}),  # an input of eight bits has a gradient of eight bits
+    ),
+    OpCase(
         name="dot/preferred_element_type",
         weights={"w": W("co", 7, 5, dtype=jnp.bfloat16)},
         inputs={"x": F(3, 7, dtype=jnp.bfloat16)},

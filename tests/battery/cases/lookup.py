@@ -196,6 +196,17 @@ PICKS = [
         h=F(3, 4, 7),
     ),
     OpCase(
+        name="stack/lookup_under_two_vmaps",
+        weights={"w": W("bbco", 2, 3, 7, 5)},
+        inputs={"i": Ints((3, 2, 4), high=7)},
+        fn=lambda p, x: jax.vmap(jax.vmap(lambda w, i: w[i]))(jnp.swapaxes(p["w"], 0, 1), x["i"]),
+        reference=lambda p, x: np.take_along_axis(
+            np.swapaxes(p["w"], 0, 1), x["i"][..., None], axis=2
+        ),
+        images=(3 * 2 * 4 * 5,),
+        activations=(3 * 2 * 4 * 5,),
+    ),
+    OpCase(
         name="stack/layer_then_lookup",
         weights={"w": W("bco", 2, 11, 5)},
         inputs={"ids": IDS, "i": Ints((), high=2)},

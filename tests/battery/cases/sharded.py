@@ -39,7 +39,23 @@ def partial_sum(w, x):
     return lax.psum(x @ w, "d")
 
 
+def picked_layers(w, x):
+    """Each device's columns of all layers, picked one by one."""
+    pick = lambda i: lax.dynamic_index_in_dim(w, i, keepdims=False)
+    return lax.fori_loop(0, 3, lambda i, y: y + x @ pick(i), x @ jnp.zeros_like(w[0]))
+
+
 CASES = [
+    sharded_case(
+        "picked_layers",
+        picked_layers,
+        lambda w, x: (x @ w).sum(0),
+        W("bco", 3, 7, 24),
+        F(2, 7),
+        w_spec=P(None, None, "d"),
+        x_spec=P(),
+        out_spec=P(None, "d"),
+    ),
     sharded_case(
         "replicated",
         matmul,
