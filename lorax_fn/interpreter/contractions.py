@@ -117,8 +117,8 @@ def can_gain(
     """Whether each gain can be applied to x, or to the result because none of it is summed over."""
     for gain in gains:
         on_x = set(gain.dims) <= set(labels)
-        if on_x and not jnp.issubdtype(x.dtype, jnp.floating):
-            return False
+        if on_x and (_is_narrow(x.dtype) or not jnp.issubdtype(x.dtype, jnp.floating)):
+            return False  # x times the gain would be rounded to what x can hold
         if not on_x and gain.spanned & set(summed):
             return False
     return True

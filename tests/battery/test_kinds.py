@@ -83,12 +83,22 @@ def identify(value):
     return f"{value.kind}-{value.name}" if hasattr(value, "kind") else None
 
 
+# A row that is filled with NaN, and a gain on it: NaN is the gain's gradient too.
+WITHOUT_GRADIENT = {("DoRA", "embedding/fill_with_nan"), ("IA3", "embedding/fill_with_nan")}
+
+
 def transformations(case):
     names = TRANSFORMS if case.name in TRANSFORMED else ["jit"]
+    if (case.kind.name, case.name) in WITHOUT_GRADIENT:
+        return ["eager"]  # the value alone
     return [name for name in names if name not in case.without | case.kind.without]
 
 
 def is_added_up(case):
+    """As listed; with ALL_OPERATIONS, of the others what `inspect` says, and `wrap` has to agree."""
+    if case.name not in OPERATIONS:
+        drawn = materials(case)
+        return bool(lora.inspect(case.fn, drawn.params, drawn.factors[0], drawn.xs[0]).dense)
     if case.kind.name == "LoKr":
         return not any(map(case.name.startswith, KRONECKER))
     return (case.kind.name, case.name) in ADDED_UP
@@ -117,7 +127,10 @@ def test_starts_at_the_base(case):
     adapted = wrapped(case)(drawn.params, drawn.initial, drawn.xs[0])
     for got, want in zip(jax.tree.leaves(adapted), jax.tree.leaves(base), strict=True):
         assert got.dtype == want.dtype
-        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+        if "eager" in case.rounding:  # there XLA rounds fn itself otherwise
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
 @pytest.mark.parametrize("case", CASES, ids=identify)
@@ -140,7 +153,10 @@ def _half(case):
     return any(weight.dtype != np.float32 for weight in case.weights.values())
 
 
-@pytest.mark.parametrize("case", list(filter(is_added_up, CASES)), ids=identify)
+LISTED = [case for case in CASES if case.name in OPERATIONS and is_added_up(case)]
+
+
+@pytest.mark.parametrize("case", LISTED, ids=identify)
 def test_what_is_added_up_is_said_to_be(case):
     drawn = materials(case)
     report = lora.inspect(case.fn, drawn.params, drawn.factors[0], drawn.xs[0])
