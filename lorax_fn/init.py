@@ -14,6 +14,7 @@ from lorax_fn.errors import LoraError, StructureError
 from lorax_fn.keys import check_key, fold_path
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 from lorax_fn.rules import assign_rules
+from lorax_fn.sharding import leaf_shardings, node_shardings, place
 
 Pytree = Any
 
@@ -47,7 +48,8 @@ def init(
 
     Returns:
         A pytree of the structure of params: an adapter node (for `LoRA`: a (batch dims, contract
-        dims, r), b (batch dims, r, out dims)) at each targeted leaf, `None` at every other.
+        dims, r), b (batch dims, r, out dims)) at each targeted leaf, `None` at every other. On a
+        mesh the factors of a weight lie as it does: see `shardings`.
 
     Raises:
         TargetError: if a rule matches no leaf, or one that its kind cannot adapt.
@@ -75,11 +77,15 @@ def init(
             )
         assigned = calibrate(key, apply_fn, params, assigned, batches, axes_of, progress=progress)
 
+    paths = [path for path, _ in leaves_with_paths(params)]
+    shardings = dict(zip(paths, leaf_shardings(params), strict=True))
+
     def make(path: str, leaf: Any) -> Any:
         rule = assigned.get(path)
         if rule is None:
             return None
-        return rule.make(fold_path(key, path), path, leaf, axes_of.get(path))
+        node = rule.make(fold_path(key, path), path, leaf, axes_of.get(path))
+        return node and place(node, node_shardings(path, node, shardings[path]))
 
     return map_with_paths(make, params)
 

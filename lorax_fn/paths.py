@@ -60,7 +60,7 @@ def _flatten(
     tree: Pytree, is_leaf: Callable[[Any], bool] | None
 ) -> tuple[list[str], list[Any], Any]:
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    inside_box = _box_key_paths(tree) if any(map(_ends_in_value, (k for k, _ in keyed))) else set()
+    inside_box = box_key_paths(tree) if any(map(_ends_in_value, (k for k, _ in keyed))) else {}
     paths = [path_str(k[:-1] if k and k[:-1] in inside_box else k) for k, _ in keyed]
     return paths, [leaf for _, leaf in keyed], treedef
 
@@ -69,9 +69,10 @@ def _ends_in_value(key_path: Sequence[Any]) -> bool:
     return bool(key_path) and key_path[-1] in (GetAttrKey("value"), GetAttrKey("raw_value"))
 
 
-def _box_key_paths(tree: Pytree) -> set[tuple[Any, ...]]:
+def box_key_paths(tree: Pytree) -> dict[tuple[Any, ...], Any]:
+    """The NNX variables and Linen boxes of a tree, by their key paths."""
     keyed, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
-    return {key_path for key_path, node in keyed if _is_box(node)}
+    return {key_path: node for key_path, node in keyed if _is_box(node)}
 
 
 def _is_box(node: Any) -> bool:

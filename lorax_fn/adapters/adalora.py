@@ -78,6 +78,13 @@ class AdaLoRAFactors(SummedAdapter):
         parts = {name: (getattr(self, name), shape) for name, shape in wanted.items()}
         check_fits(path, leaf, self.axes, parts)
 
+    def dims(self) -> AdaLoRAFactors:
+        """As LoRA's; e spans the batch dims."""
+        batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
+        return dataclasses.replace(
+            self, a=(*batch, *contract, None), e=(*batch, None), b=(*batch, None, *out)
+        )
+
     def trainable(self) -> AdaLoRAFactors:
         """All three are trained."""
         return dataclasses.replace(self, a=True, e=True, b=True)

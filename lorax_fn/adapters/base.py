@@ -59,6 +59,13 @@ class Adapter(abc.ABC):
         """The frozen leaf, given what `merge` made of it."""
 
     @abc.abstractmethod
+    def dims(self) -> Adapter:
+        """The node with each array replaced by a tuple: which dim of the leaf each axis spans.
+
+        None stands for an axis that spans none, as the rank does.
+        """
+
+    @abc.abstractmethod
     def trainable(self) -> Adapter:
         """The node with each of its arrays replaced by whether it is trained."""
 

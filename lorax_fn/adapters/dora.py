@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,11 @@ class DoRAFactors(LoRAFactors):
         across = sum_over_contract(jnp.square(change), self.axes)
         n = along + jnp.sqrt(jnp.maximum(along**2 - across + self.squared_norm, 0))
         return (unit.times(Factor(n, dims)).array - change).astype(merged.dtype)
+
+    def dims(self) -> Self:
+        """As LoRA's; the lengths span the batch and out dims."""
+        lengths = (*self.axes.batch, *self.axes.out)
+        return dataclasses.replace(super().dims(), magnitude=lengths, squared_norm=lengths)
 
     def trainable(self) -> DoRAFactors:
         """The factors and the magnitude are trained."""

@@ -48,6 +48,10 @@ class FullDelta(Adapter):
         """merged - delta."""
         return FullDelta(-self.delta).adapt(merged, path)
 
+    def dims(self) -> FullDelta:
+        """The leaf's own."""
+        return FullDelta(tuple(range(len(self.delta.shape))))
+
     def trainable(self) -> FullDelta:
         """The delta is trained."""
         return FullDelta(True)

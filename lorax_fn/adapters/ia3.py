@@ -51,6 +51,10 @@ class IA3Gain(Adapter):
         gain = Factor(self.gain, _dims(self.axes, self.on))
         return whole.times(gain, lax.div).array.astype(merged.dtype)
 
+    def dims(self) -> IA3Gain:
+        """The batch dims, and the out or the contract dims."""
+        return dataclasses.replace(self, gain=_dims(self.axes, self.on))
+
     def trainable(self) -> IA3Gain:
         """The gain is trained."""
         return dataclasses.replace(self, gain=True)

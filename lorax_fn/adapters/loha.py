@@ -66,6 +66,12 @@ class LoHaFactors(SummedAdapter):
         parts = {"a1": (self.a1, a), "b1": (self.b1, b), "a2": (self.a2, a), "b2": (self.b2, b)}
         check_fits(path, leaf, self.axes, parts)
 
+    def dims(self) -> LoHaFactors:
+        """As LoRA's, of both pairs."""
+        a = (*self.axes.batch, *self.axes.contract, None)
+        b = (*self.axes.batch, None, *self.axes.out)
+        return dataclasses.replace(self, a1=a, b1=b, a2=a, b2=b)
+
     def trainable(self) -> LoHaFactors:
         """All four factors are trained."""
         return dataclasses.replace(self, a1=True, b1=True, a2=True, b2=True)

@@ -81,6 +81,11 @@ class LoKrFactors(SummedAdapter):
             parts["b"] = (self.b, (*batch, self.rank, *right_out))
         check_fits(path, leaf, self.axes, parts)
 
+    def dims(self) -> LoKrFactors:
+        """The batch dims; of all others an array spans a part, which is none of the leaf's."""
+        batch = self.axes.batch
+        return jax.tree.map(lambda x: (*batch, *[None] * (len(x.shape) - len(batch))), self)
+
     def trainable(self) -> LoKrFactors:
         """All factors are trained."""
         return jax.tree.map(lambda _: True, self)

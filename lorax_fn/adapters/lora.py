@@ -77,6 +77,12 @@ class LoRAFactors(SummedAdapter):
                       for name, array in zip("ab", self.start, strict=True)}  # fmt: skip
         check_fits(path, leaf, self.axes, parts)
 
+    def dims(self) -> Self:
+        """A spans the batch and contract dims, B the batch and out dims."""
+        a = (*self.axes.batch, *self.axes.contract, None)
+        b = (*self.axes.batch, None, *self.axes.out)
+        return dataclasses.replace(self, a=a, b=b, start=None if self.start is None else (a, b))
+
     def trainable(self) -> LoRAFactors:
         """Both factors are trained, or b alone; what was taken off the weight is not."""
         start = None if self.start is None else (False, False)

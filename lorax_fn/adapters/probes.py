@@ -76,6 +76,10 @@ class Probe(SummedAdapter):
     def check(self, path: str, leaf: Any) -> None:
         """A probe is made for its leaf, and fits."""
 
+    def dims(self) -> Probe:
+        """Probes are not placed: they stay where they are made."""
+        return jax.tree.map(lambda x: (None,) * len(x.shape), self)
+
     def trainable(self) -> Probe:
         """Every array."""
         return jax.tree.map(lambda _: True, self)

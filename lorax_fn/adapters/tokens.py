@@ -47,6 +47,10 @@ class TokenRows(SummedAdapter):
         _, _, out = split_shape(leaf.shape, self.axes)
         check_fits(path, leaf, self.axes, {"rows": (self.rows, (len(self.tokens), *out))})
 
+    def dims(self) -> TokenRows:
+        """The rows span the out dims."""
+        return dataclasses.replace(self, rows=(None, *self.axes.out))
+
     def trainable(self) -> TokenRows:
         """The rows are trained."""
         return dataclasses.replace(self, rows=True)

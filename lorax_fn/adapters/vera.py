@@ -73,6 +73,13 @@ class VeRAFactors(SummedAdapter):
         parts = {name: (getattr(self, name), shape) for name, shape in wanted.items()}
         check_fits(path, leaf, self.axes, parts)
 
+    def dims(self) -> VeRAFactors:
+        """The vectors span the batch dims, the projections do not."""
+        batch, contract, out = self.axes.batch, self.axes.contract, self.axes.out
+        return dataclasses.replace(
+            self, d=(*batch, None), g=(*batch, *out), a=(*contract, None), b=(None, *out)
+        )
+
     def trainable(self) -> VeRAFactors:
         """The vectors are trained, the projections are not."""
         return dataclasses.replace(self, d=True, g=True, a=False, b=False)

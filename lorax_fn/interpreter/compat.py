@@ -13,7 +13,13 @@ from typing import Any
 import jax
 import jax.extend.core as jex_core
 import jax.extend.source_info_util as source_info_util
-from jax._src import ad_checkpoint, ad_util as _ad_util, core as _core, shard_map as _shard_map
+from jax._src import (
+    ad_checkpoint,
+    ad_util as _ad_util,
+    core as _core,
+    mesh as _mesh,
+    shard_map as _shard_map,
+)
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lax import lax as _lax
 
@@ -133,6 +139,14 @@ def unify_varying_axes(*operands: Any) -> list[Any]:
     # Renamed from standard_insert_pvary after jax 0.8.
     unify = getattr(_core, "auto_insert_reshard", None) or _core.standard_insert_pvary
     return list(unify(*operands))
+
+
+def current_mesh() -> Any:
+    """The mesh set by `jax.set_mesh` or entered by `with mesh:`, or None."""
+    for mesh in (_mesh.get_concrete_mesh(), _mesh.thread_resources.env.physical_mesh):
+        if mesh is not None and not mesh.empty:
+            return mesh
+    return None
 
 
 def canonical_precision(precision: Any) -> Any:

@@ -1,0 +1,140 @@
+"""Where factors lie on a mesh: as their weights do, the rank whole on every device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorax_fn.adapters import Adapter
+from lorax_fn.errors import LoraError
+from lorax_fn.interpreter import compat
+from lorax_fn.pairing import pair
+from lorax_fn.paths import box_key_paths, leaves_with_paths
+
+Pytree = Any
+
+
+def shardings(params: Pytree, factors: Pytree) -> Pytree:
+    """The shardings of factors that follow from those of params.
+
+    Each axis of a factor that spans a dim of the weight is cut as that dim is; the rank, and what
+    spans no dim, is whole on every device. Good for `jax.device_put`, `jax.jit`'s `in_shardings`
+    and `out_shardings`, and orbax. `init` places factors so by itself.
+
+    Args:
+        params: arrays or `jax.ShapeDtypeStruct`s with shardings, or Flax boxes with names of mesh
+            axes (`nn.Partitioned`, NNX variables), whose mesh is their own or the current one.
+        factors: what `init` made for them; shapes will do.
+
+    Returns:
+        A pytree of the structure of factors with a `NamedSharding` in place of each array, and
+        `None` in place of each node whose weight has no known place on a mesh.
+
+    Raises:
+        StructureError: if factors do not belong to params.
+        LoraError: if a weight's axes of the mesh do not exist or do not divide a factor's dim.
+
+    >>> import jax, jax.numpy as jnp, lorax_fn as lora
+    >>> from jax.sharding import NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+    >>> w = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, P("data", "model")))
+    >>> factors = lora.init(jax.random.key(0), {"w": w}, [lora.LoRA("w", rank=2)])
+    >>> lora.shardings({"w": w}, factors)["w"].b.spec == P(None, "model")
+    True
+    """
+    of_leaf = leaf_shardings(params)
+    nodes = [
+        None if adapter is None else node_shardings(path, adapter, sharding)
+        for (path, _, adapter), sharding in zip(pair(params, factors), of_leaf, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), nodes)
+
+
+def leaf_shardings(params: Pytree) -> list[NamedSharding | None]:
+    """The sharding of each leaf in flatten order, None where it has no known place on a mesh."""
+    boxes = box_key_paths(params)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = [path for path, _ in leaves_with_paths(params)]
+    return [
+        _of_array(leaf) if _is_placed(leaf) else _of_box(path, boxes.get(key_path[:-1]))
+        for path, (key_path, leaf) in zip(paths, keyed, strict=True)
+    ]
+
+
+def node_shardings(path: str, adapter: Adapter, sharding: NamedSharding | None) -> Any:
+    """The sharding of each array of a node, given its weight's."""
+    if sharding is None:
+        return None
+
+    def of(array: Any, dims: tuple[int | None, ...]) -> NamedSharding:
+        cuts = [None if d is None or d >= len(sharding.spec) else sharding.spec[d] for d in dims]
+        _check_divides(path, array.shape, cuts, sharding)
+        return NamedSharding(sharding.mesh, PartitionSpec(*cuts), memory_kind=sharding.memory_kind)
+
+    return jax.tree.map(of, adapter, adapter.dims())
+
+
+def place(adapter: Adapter, shardings: Any) -> Adapter:
+    """The node with its arrays where they belong; inside of `jax.jit`, constrained to be there."""
+    if shardings is None:
+        return adapter
+
+    def put(array: Any, sharding: NamedSharding) -> Any:
+        if isinstance(array, jax.core.Tracer):
+            return jax.lax.with_sharding_constraint(array, sharding)
+        return jax.device_put(array, sharding)
+
+    return jax.tree.map(put, adapter, shardings)
+
+
+def _is_placed(leaf: Any) -> bool:
+    """Whether the leaf itself says where it lies; a tracer's place is the compiler's to choose."""
+    return not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "sharding", None) is not None
+
+
+def _of_array(leaf: Any) -> NamedSharding | None:
+    return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+
+
+def _of_box(path: str, box: Any) -> NamedSharding | None:
+    """The sharding that a Flax box's metadata names, on its own mesh or the current one."""
+    spec = None if box is None else _spec_of_box(box)
+    if not spec or all(axes is None for axes in spec):
+        return None
+    mesh = getattr(box, "mesh", None) or compat.current_mesh()
+    if mesh is None:
+        return None
+    try:
+        return NamedSharding(mesh, spec)
+    except ValueError as e:
+        raise LoraError(
+            f"the metadata of {path!r} name {spec}, the mesh has the axes {mesh.axis_names}. "
+            "Wanted names of these: use the mesh that the model was written for, or its logical "
+            "rules."
+        ) from e
+
+
+def _spec_of_box(box: Any) -> PartitionSpec | None:
+    if hasattr(box, "get_partition_spec"):  # Linen's Partitioned, LogicallyPartitioned
+        return box.get_partition_spec()
+    from flax import nnx
+
+    spec = nnx.get_partition_spec(box)
+    return getattr(spec, "value", spec)
+
+
+def _check_divides(
+    path: str, shape: tuple[int, ...], cuts: list[Any], sharding: NamedSharding
+) -> None:
+    for length, axes in zip(shape, cuts, strict=True):
+        names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+        parts = math.prod(sharding.mesh.shape[name] for name in names)
+        if length % parts:
+            raise LoraError(
+                f"the weight at {path!r} is cut by {sharding.spec}, and the {parts} parts of "
+                f"{axes!r} do not divide a factor of shape {list(shape)}. Cut the weight "
+                "otherwise, or give the factors shardings of your own."
+            )
