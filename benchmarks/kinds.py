@@ -2,6 +2,7 @@
 
     python -m benchmarks.kinds                          # about an hour on two CPU cores
     python -m benchmarks.kinds --kinds LoRA DoRA --seeds 1 --steps 30
+    python -m benchmarks.kinds --seeds 0                # the costs alone, in a few minutes
 
 The task is that of `examples/finetune_minilm.py`, the adapters on every kernel of the encoder.
 Needs what the example needs. Training steps are timed side by side; memory is what XLA plans for a
@@ -96,8 +97,8 @@ class Row:
     trained: int
     memory: int
     step_ratio: float
-    validation: list[float]
-    test: list[float]
+    validation: Sequence[float] = ()
+    test: Sequence[float] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -105,17 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     task = load(options.limit)
     report = {"machine": machine(), "options": vars(options) | {"json": None}}
     print("  ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    ratios, memory = step_costs(task, options)
-    rows = {}
-    for name in options.kinds:
+    rows = costs(task, options)
+    print(f"\n{render(rows)}", flush=True)
+    for name in options.kinds if options.seeds else ():
         runs = [train(task, name, options.steps, seed, options.lr) for seed in range(options.seeds)]
-        rows[name] = Row(
-            trained=trained_numbers(runs[0].trained),
-            memory=memory[name],
-            step_ratio=ratios[name],
-            validation=[run.last for run in runs],
-            test=[run.test for run in runs],
-        )
+        accuracies = {"validation": [r.last for r in runs], "test": [r.test for r in runs]}
+        rows[name] = dataclasses.replace(rows[name], **accuracies)
         print(f"\n{render(rows)}", flush=True)
     report["rows"] = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if options.json:
@@ -150,10 +146,10 @@ def train(task: Task, name: str, steps: int, seed: int, lr: float | None) -> Any
     )
 
 
-def step_costs(task: Task, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, int]]:
-    """Of each kind: its step's time against LoRA's in the same round, median; its memory."""
+def costs(task: Task, options: argparse.Namespace) -> dict[str, Row]:
+    """Of each kind its step's time against LoRA's in the same round (median), and its memory."""
     steps: dict[str, Callable[[], Any]] = {}
-    memory = {}
+    rows = {}
     for name in dict.fromkeys([REFERENCE, *options.kinds]):
         kind = KINDS[name]
         factors = task.factors(kind.rules(task), seed=0)
@@ -161,10 +157,11 @@ def step_costs(task: Task, options: argparse.Namespace) -> tuple[dict[str, float
         operands = task.variables, factors, tx.init(factors), task.example
         step = train_step(lora.wrap(task.model.apply), tx, donate=False)
         compiled = step.lower(*operands).compile()
-        memory[name] = planned_bytes(compiled)
+        rows[name] = Row(trained_numbers(factors), planned_bytes(compiled), float("nan"))
         steps[name] = functools.partial(compiled, *operands)
     times = interleaved(steps, options.rounds)
-    return {n: float(np.median(t / times[REFERENCE])) for n, t in times.items()}, memory
+    ratio = {name: float(np.median(t / times[REFERENCE])) for name, t in times.items()}
+    return {n: dataclasses.replace(row, step_ratio=ratio[n]) for n, row in rows.items()}
 
 
 def planned_bytes(compiled: Any) -> int:
@@ -189,8 +186,8 @@ def render(rows: dict[str, Row]) -> str:
     lines = [
         (
             name,
-            f"{np.mean(row.test):.1%}",
-            f"{np.mean(row.validation):.1%}",
+            f"{np.mean(row.test):.1%}" if row.test else "",
+            f"{np.mean(row.validation):.1%}" if row.validation else "",
             " ".join(f"{value:.1%}" for value in row.validation),
             f"{row.trained:,}",
             f"{row.step_ratio:.2f}×",

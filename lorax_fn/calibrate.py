@@ -79,6 +79,11 @@ def _show(
     """The probes after as many passes over the batches as they ask for."""
     from tqdm import tqdm  # not at import: nothing else needs it
 
+    if hasattr(batches, "ndim"):
+        raise LoraError(
+            "batches are one array, whose rows would be shown one by one; wanted a list of them, "
+            "such as batches=[x]."
+        )
     batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not batches:
         raise LoraError("batches are empty; wanted at least one tuple of apply_fn's arguments.")
@@ -119,7 +124,15 @@ def _gradient_fn(apply_fn: Callable[..., Any], needs_loss: bool) -> Callable[...
         arrays = [leaf if is_array(leaf) else None for leaf in leaves]
         # With their types: to a cache 1, 1.0 and True are the same.
         static = tuple((None, None) if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-        return compiled(probes, arrays, treedef, static)
+        try:
+            return compiled(probes, arrays, treedef, static)
+        except TypeError as e:
+            kinds = ", ".join(type(argument).__name__ for argument in batch)
+            e.add_note(
+                f"apply_fn was called with params and a batch of {len(batch)}: {kinds}. A tuple is "
+                "spread over apply_fn's arguments, anything else is one argument."
+            )
+            raise
 
     return gradient
 

@@ -37,6 +37,9 @@ def trainable_mask(tree: Pytree) -> Pytree:
 def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Makes an optimiser train adapters only.
 
+    Also of factors alone: those of some kinds hold frozen arrays (DoRA's norms, VeRA's projections,
+    the start of PiSSA), which have no gradient, but which weight decay would change.
+
     Args:
         tx: any optax transformation.
 
@@ -118,7 +121,8 @@ def lora_plus(
     """LoRA+: any optimiser, with the learning rate of B `ratio` times that of A.
 
     Hayou et al. 2024, arXiv:2402.12354. A starts random and B at zero; in wide models they learn
-    well at different rates.
+    well at different rates. All other arrays, such as `Full`'s, keep the rate of A. Stands within
+    `freeze` or around it. Decoupled weight decay of B is multiplied too.
 
     Args:
         tx: an optimiser whose updates are proportional to its learning rate, as optax's are.

@@ -31,6 +31,12 @@ def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None
     try:
         nodes = treedef.flatten_up_to(factors)
     except (ValueError, TypeError) as e:
+        if is_array(factors):
+            raise StructureError(
+                f"the second argument, the factors, is {_brief(factors)}: were they left out, or "
+                "passed last? Wanted (params, factors, …), params as the first argument; and "
+                "what takes an apply_fn wants the plain function, not what lora.wrap made of it."
+            ) from e
         raise StructureError(
             f"factors are not parallel to params: {_difference(params, factors)}. Wanted what "
             "lora.init made for these params, the first argument of the function."

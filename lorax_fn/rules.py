@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorax_fn.adapters import Rule
 from lorax_fn.errors import TargetError
 from lorax_fn.paths import leaves_with_paths
-from lorax_fn.targets import compile_targets, describe, nearest_paths
+from lorax_fn.targets import compile_targets, describe, is_names, nearest_paths
 from lorax_fn.tracing import is_array
 
 Pytree = Any
@@ -33,6 +34,7 @@ def assign_rules(params: Pytree, rules: Rule | Iterable[Rule]) -> dict[str, Rule
             raise _no_match(rule, list(hits))
         if all(hits[path][0] != i for path in matched):
             raise _shadowed(rule, matched[0], rules[hits[matched[0]][0]])
+        _warn_of_idle_names(rule, leaves)
     return {path: rules[found[0]] for path, found in hits.items() if found}
 
 
@@ -49,6 +51,21 @@ def _checked(rules: Rule | Iterable[Rule]) -> list[Rule]:
     if not rules:
         raise TargetError("got no rules; wanted at least one, such as lora.LoRA(['query']).")
     return rules
+
+
+def _warn_of_idle_names(rule: Rule, leaves: Sequence[tuple[str, Any]]) -> None:
+    """Warns of each name among several that selects nothing: a typo, or a name of other models."""
+    if not is_names(rule.targets) or len(rule.targets) < 2:
+        return
+    for name in rule.targets:
+        selects = compile_targets([name])
+        if not any(selects(path, leaf) for path, leaf in leaves):
+            nearest = nearest_paths([name], [path for path, _ in leaves], n=3)
+            warnings.warn(
+                f"{_name(rule)}: the name {name!r} matches nothing. Nearest paths: "
+                f"{', '.join(map(repr, nearest))}.",
+                stacklevel=4,
+            )
 
 
 def _shadowed(rule: Rule, path: str, taker: Rule) -> TargetError:

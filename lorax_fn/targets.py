@@ -46,9 +46,9 @@ def compile_targets(targets: Targets, exclude: Targets | None = None) -> Predica
     (True, False)
     """
     included = _predicate(targets, "targets")
-    if _is_names(targets):
+    if is_names(targets):
         included = _both(included, _is_matrix)
-    if exclude is None or (_is_names(exclude) and not exclude):
+    if exclude is None or (is_names(exclude) and not exclude):
         return included
     excluded = _predicate(exclude, "exclude")
     return _both(included, lambda path, leaf: not excluded(path, leaf))
@@ -62,7 +62,7 @@ def describe(targets: Targets) -> str:
     """
     if isinstance(targets, str | re.Pattern):
         return f"the regex {_pattern(targets)!r}"
-    if _is_names(targets):
+    if is_names(targets):
         return f"the name{'s' * (len(targets) > 1)} {', '.join(map(repr, targets))}"
     if callable(targets):
         return f"the function {getattr(targets, '__qualname__', repr(targets))}"
@@ -82,7 +82,7 @@ def nearest_paths(query: Targets, paths: Iterable[str], n: int = 5) -> list[str]
     paths = list(paths)
     if isinstance(query, str | re.Pattern):
         queries = [_words(_pattern(query))]
-    elif _is_names(query):
+    elif is_names(query):
         queries = [name.split("/") for name in query if isinstance(name, str)]
     else:
         return paths[:n]
@@ -120,7 +120,7 @@ def _predicate(targets: Any, what: str) -> Predicate:
                 f"To take the text literally, pass names: {what}=[...]."
             ) from e
         return lambda path, leaf: regex.fullmatch(path) is not None
-    if _is_names(targets):
+    if is_names(targets):
         names = [_components(name, targets, what) for name in targets]
         if not names:
             raise TargetError(f"{what}={targets!r} has no names. Wanted {_KINDS}.")
@@ -134,7 +134,8 @@ def _pattern(targets: str | re.Pattern[str]) -> str:
     return targets if isinstance(targets, str) else targets.pattern
 
 
-def _is_names(targets: Any) -> TypeGuard[Collection[str]]:
+def is_names(targets: Any) -> TypeGuard[Collection[str]]:
+    """Whether targets are names, and no regex or function."""
     return isinstance(targets, list | tuple | set | frozenset)
 
 

@@ -108,7 +108,7 @@ def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pyt
 
     Raises:
         StructureError: if factors do not belong to params.
-        LoraError: if `check_finite` and a merged leaf is not finite, or merge is traced.
+        LoraError: if `check_finite` is set, and a merged leaf is not finite or merge is traced.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}

@@ -106,3 +106,10 @@ def test_old_style_keys_work(params, axes):
     factors = lora.init(key, params, [lora.LoRA("w", rank=4)], axes=axes)
     typed = lora.init(jax.random.key(3), params, [lora.LoRA("w", rank=4)], axes=axes)
     np.testing.assert_array_equal(factors["w"].a, typed["w"].a)
+
+
+def test_a_name_that_selects_nothing_is_warned_of(params, axes):
+    with pytest.warns(
+        UserWarning, match=r"the name 'stakc' matches nothing. Nearest paths: 'stack'"
+    ):
+        lora.init(jax.random.key(0), params, [lora.LoRA(["w", "stakc"], rank=2)], axes=axes)

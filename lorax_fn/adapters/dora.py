@@ -108,7 +108,8 @@ class DoRA(LoRA):
     """Rule: LoRA whose outputs each have a trained length (Liu et al. 2024, arXiv:2402.09353).
 
     Takes what `LoRA` takes. Costs, beside LoRA, one product of A with W a step, and one
-    multiplication of the outputs.
+    multiplication of the outputs. Weight decay pulls the magnitudes towards zero, not towards the
+    pretrained lengths: `lora.param_labels` helps to leave them out of it.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> rules = [lora.DoRA("w", rank=2, alpha=4)]

@@ -122,8 +122,9 @@ class LoRA(Rule):
     """Rule: adapt the targeted weights with trainable low-rank factors.
 
     Args:
-        targets: which leaves: a regex over the "/"-joined path, names, or a predicate
-            (path, leaf) -> bool.
+        targets: which leaves. A regex has to match the whole "/"-joined path; a list of names,
+            each one or more whole components of it ("query", "attn/query"), picks matrices and
+            never biases or norms' scales; a function (path, leaf) -> bool decides for itself.
         rank: r, the number of columns of A; at most min(prod(contract), prod(out)) of a weight.
         alpha: the update is scaled by alpha/rank. None means alpha = rank.
         rslora: scale by alpha/√rank instead (Kalajdzievski 2023, arXiv:2312.03732).
@@ -133,8 +134,10 @@ class LoRA(Rule):
             (key, (fan_in, rank), dtype) -> array draw A, and B starts at zero. "pissa",
             "pissa_niter_4" (any number of iterations) and "olora" take both from W itself. "eva"
             takes A from W's inputs, "corda", "corda_kpm" and "lora_ga" take both from W's inputs or
-            gradients: `lorax_fn.init` is then given a function and batches. What starts other than
-            at zero is taken off W, so that the function starts unchanged.
+            gradients: `lorax_fn.init` is then given a function and batches. Where B does not start
+            at zero, s·A·B of the start is taken off again, by a frozen product in the adapter: your
+            params stay as they are. Weight decay then pulls towards W less that product, not
+            towards W.
         dtype: the factors' dtype, whatever the weight's; float32 keeps half-precision bases stable.
         freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
         exclude: leaves to leave out, in any form that `targets` takes.
@@ -218,9 +221,10 @@ class LoRA(Rule):
         if isinstance(self.init, Start):
             return jax.tree.map(lambda array: array.astype(self.dtype), (self.init.a, self.init.b))
         if isinstance(self.init, str) and self.init in PROBES:
+            name = "loss_fn" if PROBES[self.init].needs_loss else "apply_fn"
             raise LoraError(
                 f"init={self.init!r} looks at data; wanted lora.init(key, params, rules, "
-                "apply_fn=loss_fn, batches=batches), which calls loss_fn(params, *batch)."
+                f"apply_fn={name}, batches=[(x,), …]), which calls {name}(params, *batch)."
             )
         if isinstance(self.init, str) and SPECTRAL.fullmatch(self.init):
             options: dict[str, Any] = {"rank": self.rank, "scale": self.scale, "dtype": self.dtype}

@@ -113,7 +113,8 @@ class EVA(_InputProbe):
     """The directions in which a weight's inputs vary most (Paischer et al. 2024, arXiv:2410.07170).
 
     A holds the leading right singular vectors of all inputs, by subspace iteration: each pass
-    multiplies by xᵀx once. B is zero.
+    multiplies by xᵀx once. B is zero. Of a rank above the number of independent inputs the other
+    columns are arbitrary.
     """
 
     passes: ClassVar[int] = 3

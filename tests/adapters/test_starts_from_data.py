@@ -324,7 +324,8 @@ def message_of(init, apply_fn, params, batches, **options):
 def test_without_batches(data, init):
     message = message_of(init, None, data[0], None)
     assert f"init='{init}' looks at data" in message
-    assert "batches=batches" in message
+    name = "loss_fn" if init == "lora_ga" else "apply_fn"
+    assert f"apply_fn={name}, batches=[(x,), …]" in message
 
 
 def test_half_of_what_is_needed(data):
@@ -332,6 +333,7 @@ def test_half_of_what_is_needed(data):
     assert "batches is missing" in message_of("eva", linear, params, None)
     assert "apply_fn is missing" in message_of("eva", None, params, batches)
     assert "batches are empty" in message_of("eva", linear, params, [])
+    assert "batches=[x]" in message_of("eva", linear, params, batches[0][0])
     assert "apply_fn is of type int" in message_of("eva", 3, params, batches)
 
 
@@ -383,3 +385,11 @@ def test_an_expert_that_sees_nothing_starts_finite(getkey):
     for init in ("eva", "corda", "corda_kpm"):
         node = start(init, apply, params, [x], axes=axes)["w"]
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(node))
+
+
+def test_a_batch_that_is_a_list_is_one_argument_and_the_error_says_so(data):
+    params, batches = data
+    pair = [batches[0][0], jnp.ones(())]
+    with pytest.raises(TypeError) as caught:
+        start("eva", lambda p, x, y: x @ p["w"] * y, params, [pair])
+    assert "a batch of 1: list. A tuple is spread" in " ".join(caught.value.__notes__)
