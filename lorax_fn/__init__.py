@@ -28,6 +28,7 @@ from lorax_fn.errors import (
 from lorax_fn.init import init
 from lorax_fn.optim import freeze, lora_plus, param_labels, precondition, trainable_mask
 from lorax_fn.report import Report, inspect
+from lorax_fn.serving import stack, take
 from lorax_fn.sharding import shardings
 from lorax_fn.transform import merge, unmerge, wrap
 
@@ -63,6 +64,8 @@ __all__ = [
     "param_labels",
     "precondition",
     "shardings",
+    "stack",
+    "take",
     "trainable_mask",
     "unmerge",
     "wrap",

@@ -69,8 +69,10 @@ def node_shardings(path: str, adapter: Adapter, sharding: NamedSharding | None) 
     if sharding is None:
         return None
 
-    def of(array: Any, dims: tuple[int | None, ...]) -> NamedSharding:
-        cuts = [None if d is None or d >= len(sharding.spec) else sharding.spec[d] for d in dims]
+    spec = (*sharding.spec, *[None] * 99)  # dims that a spec does not name are whole
+
+    def of(array: Any, dims: tuple[int | str | None, ...]) -> NamedSharding:
+        cuts = [spec[d] if isinstance(d, int) else None for d in dims]
         _check_divides(path, array.shape, cuts, sharding)
         return NamedSharding(sharding.mesh, PartitionSpec(*cuts), memory_kind=sharding.memory_kind)
 

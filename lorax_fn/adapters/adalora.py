@@ -85,6 +85,10 @@ class AdaLoRAFactors(SummedAdapter):
             self, a=(*batch, *contract, None), e=(*batch, None), b=(*batch, None, *out)
         )
 
+    def unscaled(self) -> AdaLoRAFactors:
+        """With s·B for B."""
+        return dataclasses.replace(self, b=self.scale * self.b, scale=1.0)
+
     def trainable(self) -> AdaLoRAFactors:
         """All three are trained."""
         return dataclasses.replace(self, a=True, e=True, b=True)

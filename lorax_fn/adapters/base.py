@@ -11,6 +11,8 @@ import jax
 from lorax_fn.axes import Axes
 from lorax_fn.interpreter import Weight
 
+PART = "part"  # see `Adapter.dims`
+
 
 def static(default: Any = dataclasses.MISSING) -> Any:
     """A field of a node that is no child of the pytree but part of its structure."""
@@ -62,8 +64,12 @@ class Adapter(abc.ABC):
     def dims(self) -> Adapter:
         """The node with each array replaced by a tuple: which dim of the leaf each axis spans.
 
-        None stands for an axis that spans none, as the rank does.
+        None stands for a rank, `PART` for an axis that spans a part of a dim.
         """
+
+    def unscaled(self) -> Adapter:
+        """The same change with the scale, if there is one, multiplied into an array."""
+        return self
 
     @abc.abstractmethod
     def trainable(self) -> Adapter:

@@ -72,6 +72,10 @@ class LoHaFactors(SummedAdapter):
         b = (*self.axes.batch, None, *self.axes.out)
         return dataclasses.replace(self, a1=a, b1=b, a2=a, b2=b)
 
+    def unscaled(self) -> LoHaFactors:
+        """With s·B₁ for B₁."""
+        return dataclasses.replace(self, b1=self.scale * self.b1, scale=1.0)
+
     def trainable(self) -> LoHaFactors:
         """All four factors are trained."""
         return dataclasses.replace(self, a1=True, b1=True, a2=True, b2=True)

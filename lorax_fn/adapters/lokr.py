@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lorax_fn.adapters.base import Rule, static
+from lorax_fn.adapters.base import PART, Rule, static
 from lorax_fn.adapters.initializers import kaiming
 from lorax_fn.adapters.low_rank import (
     SummedAdapter,
@@ -82,9 +82,18 @@ class LoKrFactors(SummedAdapter):
         check_fits(path, leaf, self.axes, parts)
 
     def dims(self) -> LoKrFactors:
-        """The batch dims; of all others an array spans a part, which is none of the leaf's."""
+        """The batch dims, and parts of the others."""
         batch = self.axes.batch
-        return jax.tree.map(lambda x: (*batch, *[None] * (len(x.shape) - len(batch))), self)
+        contract, out = [PART] * len(self.axes.contract), [PART] * len(self.axes.out)
+        whole = (*batch, *contract, *out)
+        if self.right is not None:
+            return dataclasses.replace(self, left=whole, right=whole)
+        a, b = (*batch, *contract, None), (*batch, None, *out)
+        return dataclasses.replace(self, left=whole, a=a, b=b)
+
+    def unscaled(self) -> LoKrFactors:
+        """With s·L for L."""
+        return dataclasses.replace(self, left=self.scale * self.left, scale=1.0)
 
     def trainable(self) -> LoKrFactors:
         """All factors are trained."""

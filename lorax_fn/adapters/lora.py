@@ -98,6 +98,11 @@ class LoRAFactors(SummedAdapter):
         start_a, start_b = map(lax.stop_gradient, self.start)
         return term, Term(self._a(start_a), self._b(start_b), None, -self.scale, 0.0)
 
+    def unscaled(self) -> Self:
+        """With s·B for B."""
+        start = None if self.start is None else (self.start[0], self.scale * self.start[1])
+        return dataclasses.replace(self, b=self.scale * self.b, start=start, scale=1.0)
+
     def plain(self) -> Self:
         """The same change without a `start`: factors of rank 2r, [A, A₀] and [B, -B₀].
 

@@ -35,6 +35,12 @@ SWAPPED = [
         [r"factors", r"init|second"],
     ),
     Bad(
+        "factors_left_out",
+        lambda: wrapped(params(), inputs()),
+        lora.StructureError,
+        [r"an array float32", r"left out", r"\(params, factors"],
+    ),
+    Bad(
         "inputs_first",
         lambda: wrapped(inputs(), params(), factors()),
         lora.StructureError,
