@@ -1,6 +1,6 @@
 """Steps to reach a loss: LoRA, LoRA+ and Riemannian preconditioning, on one real task.
 
-    python -m benchmarks.optimizers              # about 15 minutes on two CPU cores
+    python -m benchmarks.optimizers              # about ten minutes on two CPU cores
 
 The task is that of `examples/finetune_minilm.py`; the head stays as it was on the frozen encoder,
 so that all the learning is the factors'. Every method sees the same batches, at each learning rate
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--limit", type=int, help="cap the examples of each split")
     parser.add_argument("--json", type=Path, help="file to write the curves to")
