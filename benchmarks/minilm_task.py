@@ -14,11 +14,11 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import finetune_minilm
 from minilm import data, weights
 from minilm.data import Split
 from minilm.encoder import Classifier
-from minilm.training import Run, batches, fit, train_step
+from minilm.linear_head import head_on_encoder
+from minilm.training import Run, batches, fit, optimiser, train_step
 
 import lorax_fn as lora
 
@@ -39,8 +39,6 @@ KERNELS = r".*/encoder/.*/kernel"
 HEAD = lora.Full(r".*/classifier/.*")
 BATCH = 32
 LENGTH = 32
-
-optimiser = finetune_minilm.optimiser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +84,9 @@ LOOKING_AT_DATA = ("eva", "corda", "corda_kpm", "lora_ga")
 
 def load(limit: int | None = None) -> Task:
     """Reads the weights and the data, and trains the head on the frozen encoder."""
-    options = finetune_minilm.parse_options(["--length", str(LENGTH), "--batch", str(BATCH)])
     published = jax.device_put(weights.load_params())
     splits = data.load(data.collect(), weights.load_tokenizer(LENGTH), limit)
     classes = len(data.PACKAGES)
-    frozen = finetune_minilm.train_head(published, splits, classes, options)
+    frozen = head_on_encoder(published, splits, classes, BATCH)
     variables = {"params": {"bert": published, "classifier": frozen.trained}}
     return Task(Classifier(classes), variables, splits)

@@ -20,11 +20,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from minilm import data, figure, weights
-from minilm.encoder import Classifier, Config, SentenceEncoder
-from minilm.linear_head import fit_head
-from minilm.training import Run, fit, predict
+from minilm.encoder import Classifier, Config
+from minilm.linear_head import head_on_encoder
+from minilm.options import positive
+from minilm.training import Run, fit, optimiser, predict
 from safetensors.numpy import load_file
 
 import lorax_fn as lora
@@ -64,12 +64,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
 def main(arguments: Sequence[str] | None = None) -> dict:
     """Returns the figures that are also written to `results.json`."""
     options = parse_options(arguments)
@@ -80,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     print(f"{classes} packages; docstrings: {sizes}\n")
 
-    frozen = train_head(published, splits, classes, options)
+    frozen = head_on_encoder(published, splits, classes, options.batch)
     model = Classifier(classes)
     variables = {"params": {"bert": published, "classifier": frozen.trained}}
     adapted = train_lora(model, variables, splits, options)
@@ -98,18 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {options.out}: {', '.join(sorted(p.name for p in options.out.iterdir()))}")
     return results
-
-
-def train_head(
-    published: dict, splits: dict[str, data.Split], classes: int, options: argparse.Namespace
-) -> Run:
-    """The encoder as published; only a linear head on its embeddings is trained."""
-    encode = functools.partial(jax.jit(SentenceEncoder().apply), {"params": published})
-
-    def featurise(split: data.Split) -> np.ndarray:
-        return predict(encode, split, options.batch) * Config().feature_scale
-
-    return fit_head(featurise, splits, classes)
 
 
 def train_lora(
@@ -158,12 +140,6 @@ def train_full(
         batch=options.batch,
         seed=options.seed,
     )
-
-
-def optimiser(peak: float, steps: int) -> optax.GradientTransformation:
-    """AdamW, warmed up over a tenth of the steps, then down to zero along a cosine."""
-    warmup = max(1, steps // 10)
-    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps))
 
 
 def write_and_check(

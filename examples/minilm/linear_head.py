@@ -1,5 +1,6 @@
 """The rival: a linear head on the features of the encoder left frozen."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import optax
 
 from minilm.data import Split
-from minilm.training import Run, accuracy, cross_entropy, nbytes
+from minilm.encoder import Config, SentenceEncoder
+from minilm.training import Run, accuracy, cross_entropy, nbytes, predict
 
 Head = dict[str, jax.Array]  # kernel (width, classes), bias (classes,)
 
@@ -22,6 +24,16 @@ LEARNING_RATE = 0.1
 def logits_of(head: Head, features: Any) -> jax.Array:
     """(examples, width) to (examples, classes)."""
     return features @ head["kernel"] + head["bias"]
+
+
+def head_on_encoder(published: Any, splits: dict[str, Split], classes: int, batch: int) -> Run:
+    """The encoder as published; only a linear head on its embeddings is trained."""
+    encode = functools.partial(jax.jit(SentenceEncoder().apply), {"params": published})
+
+    def featurise(split: Split) -> np.ndarray:
+        return predict(encode, split, batch) * Config().feature_scale
+
+    return fit_head(featurise, splits, classes)
 
 
 def fit_head(

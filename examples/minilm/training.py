@@ -67,6 +67,12 @@ def nbytes(tree: Pytree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def optimiser(peak: float, steps: int) -> optax.GradientTransformation:
+    """AdamW, warmed up over a tenth of the steps, then down to zero along a cosine."""
+    warmup = max(1, steps // 10)
+    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps))
+
+
 def predict(apply: Callable[..., jax.Array], split: Split, batch: int) -> np.ndarray:
     """`apply(ids, mask)` over a whole split, in batches of one shape: (examples, …)."""
     outputs = []

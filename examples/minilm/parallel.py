@@ -1,0 +1,122 @@
+"""What the examples for several devices share: all but the training loop itself."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import lorax_fn as lora
+from minilm import data, weights
+from minilm.data import Split
+from minilm.encoder import Classifier
+from minilm.linear_head import head_on_encoder
+from minilm.options import positive
+from minilm.training import accuracy, batches, fit, nbytes, optimiser, predict
+
+Pytree = Any
+
+RULES = [
+    lora.LoRA(r".*/encoder/.*/kernel", rank=8, alpha=16.0),
+    lora.Full(r".*/classifier/.*"),
+]
+TOLERANCE = 1e-3  # largest difference of a loss: the same sums in another order, step after step
+
+
+@dataclasses.dataclass
+class Job:
+    """What a training loop gets: the frozen model, the factors to train, the data."""
+
+    options: argparse.Namespace
+    model: Classifier
+    splits: dict[str, Split]
+    variables: Pytree
+    factors: Pytree
+    tx: optax.GradientTransformation
+
+    @property
+    def apply(self) -> Callable[..., jax.Array]:
+        """(variables, factors, ids, mask) -> logits (batch, classes)."""
+        return lora.wrap(self.model.apply)
+
+    def batches(self) -> Iterator[Split]:
+        """The training batches, with a progress bar."""
+        options = self.options
+        drawn = batches(self.splits["train"], options.steps, options.batch, options.seed)
+        name = f"{jax.device_count()} devices"
+        return iter(tqdm(drawn, total=options.steps, desc=name, unit="step"))
+
+
+def parse_options(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options that all of these examples have."""
+    parser = argparse.ArgumentParser(
+        description=description.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--steps", type=positive, default=100, help="training steps")
+    add("--batch", type=positive, default=32, help="examples a step, over all devices")
+    add("--length", type=positive, default=32, help="tokens of a docstring that are read")
+    add("--seed", type=int, default=0, help="draws the factors and the order of the examples")
+    add("--limit", type=positive, help="cap the examples of each split, for a quick look")
+    add("--check", action="store_true", help="do the same on one device, and compare")
+    options = parser.parse_args(arguments)
+    if options.batch % jax.device_count():
+        parser.error(f"--batch {options.batch} does not divide among {jax.device_count()} devices")
+    return options
+
+
+def prepare(
+    options: argparse.Namespace, place: Callable[[Pytree], Pytree] = lambda params: params
+) -> Job:
+    """The published encoder with a head trained on its embeddings, `place`d; factors beside it."""
+    splits = data.load(data.collect(), weights.load_tokenizer(options.length), options.limit)
+    classes = len(data.PACKAGES)
+    published = jax.device_put(weights.load_params())
+    head = head_on_encoder(published, splits, classes, options.batch).trained
+    model = Classifier(classes)
+    variables = place({"params": {"bert": published, "classifier": head}})
+    example = splits["train"].take(slice(options.batch))
+    axes = lora.infer_axes(model.apply, variables, example.ids, example.mask)
+    factors = lora.init(jax.random.key(options.seed), variables, RULES, axes=axes)
+    tx = lora.freeze(optimiser(options.lr, options.steps))
+    return Job(options, model, splits, variables, factors, tx)
+
+
+def report(job: Job, trained: Pytree, losses: list[float]) -> dict[str, Any]:
+    """Prints the test accuracy of the merged model; with `--check`, compares with one device.
+
+    Returns:
+        The losses, the accuracy, and the largest difference of a loss from one device's.
+    """
+    merged = jax.device_put(lora.merge(job.variables, trained), jax.local_devices()[0])
+    answer = functools.partial(jax.jit(job.model.apply), merged)
+    test = job.splits["test"]
+    results: dict[str, Any] = {"losses": losses}
+    results["test"] = accuracy(predict(answer, test, job.options.batch), test.labels)
+    print(
+        f"{jax.device_count()} devices; {nbytes(job.variables):,} bytes are frozen, "
+        f"{nbytes(job.factors):,} trained; test accuracy {results['test']:.1%}"
+    )
+    if job.options.check:
+        results["difference"] = difference_from_one_device(job, losses)
+        print(f"against one device: max |loss difference| {results['difference']:.1e}")
+    return results
+
+
+def difference_from_one_device(job: Job, losses: list[float]) -> float:
+    """The same steps with the whole batch on one device. Raises if the losses do not agree."""
+    operands = jax.device_put((job.variables, job.factors), jax.local_devices()[0])
+    options = job.options
+    alone = fit("one device", job.apply, *operands, job.tx, job.splits,
+                steps=options.steps, batch=options.batch, seed=options.seed)  # fmt: skip
+    difference = float(np.abs(np.subtract(losses, alone.losses)).max())
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"a loss differs by {difference}, over {TOLERANCE}")
+    return difference
