@@ -1,5 +1,8 @@
 """Factors lie on a mesh as their weights do."""
 
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -145,3 +148,63 @@ def test_axes_that_do_not_divide_are_named(mesh):
     rules = [lora.LoRA("w", rank=2)]
     with pytest.raises(lora.LoraError, match=r"'w' is cut by .*'fsdp'.*\[7, 2\]"):
         jax.eval_shape(lambda k: lora.init(k, boxed, rules), jax.random.key(0))
+
+
+def collectives(compiled):
+    """The (name, array sizes) of each collective in a compiled program, scalars left out."""
+    found = re.findall(
+        r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\(",
+        compiled.as_text(),
+    )
+    shapes = [(name, re.findall(r"\w+\[([\d,]+)\]", result)) for result, name in found]
+    return [(name, [math.prod(map(int, s.split(","))) for s in ss]) for name, ss in shapes if ss]
+
+
+@pytest.mark.parametrize("rule", KINDS, ids=lambda rule: type(rule).__name__)
+def test_merge_keeps_the_place_of_a_weight_and_moves_none(stack, rule, getkey):
+    """Each device adds its part of the product up. DoRA sums norms, which are of an output's size."""
+    factors = lora.init(jax.random.key(0), stack, [rule], axes=AXES)
+    wanted = stack["w"].sharding
+    assert lora.merge(stack, factors)["w"].sharding.is_equivalent_to(wanted, 4)
+    compiled = jax.jit(lora.merge).lower(stack, factors).compile()
+    assert compiled.output_shardings["w"].is_equivalent_to(wanted, 4)
+    part = stack["w"].addressable_shards[0].data.size
+    for _, sizes in collectives(compiled):
+        assert sum(sizes) < part
+
+
+def test_fsdp_under_scan_and_remat_reduces_the_factors_gradients_alone(getkey):
+    """Weights are gathered layer by layer, forward and again backward; no gradient of them is."""
+    layers, width, hidden, rank = 4, 64, 128, 2
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    cut, whole = NamedSharding(mesh, P(None, "fsdp")), NamedSharding(mesh, P())
+
+    @jax.checkpoint
+    def layer(x, w):
+        w = jax.lax.with_sharding_constraint(w, whole)
+        return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    def apply(params, x):
+        return jax.lax.scan(layer, x, params)[0]
+
+    params = {
+        "up": jax.random.normal(getkey(), (layers, width, hidden)),
+        "down": jax.random.normal(getkey(), (layers, hidden, width)),
+    }
+    params = jax.device_put(params, cut)
+    x = jax.device_put(jax.random.normal(getkey(), (16, width)), NamedSharding(mesh, P("fsdp")))
+    axes = lora.infer_axes(apply, params, x)
+    rule = lora.LoRA("up|down", rank=rank, alpha=3)
+    factors = lora.init(jax.random.key(0), params, [rule], axes=axes)
+    step = jax.jit(
+        jax.grad(
+            lambda factors, params, x: jnp.square(lora.wrap(apply)(params, factors, x)).mean()
+        ),
+        out_shardings=lora.shardings(params, factors),
+    )
+    moved = collectives(step.lower(factors, params, x).compile())
+    reduced = [n for name, sizes in moved if name != "all-gather" for n in sizes]
+    gathered = [n for name, sizes in moved if name == "all-gather" for n in sizes]
+    assert sum(reduced) == 2 * rank * (width + hidden)  # of one layer's factors, in the loop
+    assert gathered.count(width * hidden) == 4  # up and down, forward and backward
+    assert max(gathered) == width * hidden  # never the whole stack
