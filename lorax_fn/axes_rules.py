@@ -343,6 +343,7 @@ LINEAR = {
     compat.split_p,
     prims.stop_gradient_p,
     prims.sharding_constraint_p,
+    compat.reshard_p,
     compat.optimization_barrier_p,
 }
 

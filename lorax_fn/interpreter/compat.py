@@ -18,6 +18,7 @@ from jax._src import (
     ad_util as _ad_util,
     core as _core,
     mesh as _mesh,
+    pjit as _pjit,
     shard_map as _shard_map,
 )
 from jax._src.interpreters import partial_eval as _partial_eval
@@ -32,6 +33,7 @@ split_p = _lax.split_p
 optimization_barrier_p = _lax.optimization_barrier_p
 stop_gradient_p = _ad_util.stop_gradient_p
 pvary_p = _core.pvary_p
+reshard_p = _pjit.reshard_p
 # None before 0.10, where `jnp.stack` was a concatenation.
 stack_p = getattr(_lax, "stack_p", None)
 unstack_p = getattr(_lax, "unstack_p", None)

@@ -10,10 +10,11 @@ import jax
 import jax.extend.core.primitives as primitives
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import Factor
-from lorax_fn.interpreter.placement import constrain_factors
+from lorax_fn.interpreter.placement import constrain_factors, factor_spec
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, bases
 
@@ -65,6 +66,18 @@ def _sharding_constraint(ctx: Context, eqn: Any, weight: Weight) -> Weight:
     return constrain_factors(weight, base, eqn.params["sharding"], unconstrained)
 
 
+def _reshard(ctx: Context, eqn: Any, weight: Weight) -> Weight:
+    """As the constraint, on meshes whose axes are part of types."""
+    sharding = eqn.params["dst_sharding"]
+
+    def reshard(factor: Factor) -> Factor:
+        own = NamedSharding(sharding.mesh, factor_spec(factor, sharding.spec, weight.ndim))
+        params = dict(eqn.params, dst_sharding=own)
+        return factor.with_array(compat.reshard_p.bind(factor.array, **params))
+
+    return weight.map(compat.bind(eqn, [weight.base]), reshard)
+
+
 for _primitive in (
     primitives.convert_element_type_p,
     primitives.reduce_precision_p,
@@ -79,6 +92,7 @@ for _primitive in (
     RULES[_primitive] = _on_all
 RULES[compat.optimization_barrier_p] = _optimization_barrier
 RULES[primitives.sharding_constraint_p] = _sharding_constraint
+RULES[compat.reshard_p] = _reshard
 
 
 # ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import jax
 from jax import lax
 from jax.typing import DTypeLike
 
+from lorax_fn.interpreter.explicit import placed_like
 from lorax_fn.interpreter.thin_dot import thin_dot
 
 Label = Any
@@ -104,7 +105,7 @@ class Factor:
         dims = [d for d in self.dims if d in other.dims]
         values = other.transpose(dims).array.astype(self.array.dtype)
         aligned = lax.broadcast_in_dim(values, self.array.shape, self.axes(dims))
-        return self.with_array(op(self.array, aligned))
+        return self.with_array(op(self.array, placed_like(aligned, self.array)))
 
     def per_axis(self, values: Sequence[Any], rank: Callable[[int], Any]) -> list[Any]:
         """Picks from per-dim `values` those of the factor's axes; `rank(r)` gives the rank's."""

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -30,6 +31,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.explicit import dot_sharding, explicit_spec
 from lorax_fn.interpreter.fence import fence
 
 Dims = tuple[int, ...]
@@ -68,12 +70,14 @@ def thin_dot(
     (2, 5)
     """
     contract, batch = dimension_numbers
+    lhs, rhs = operands = compat.unify_varying_axes(lhs, rhs)
+    free = [_others(np.ndim(x), c, b) for x, c, b in zip(operands, contract, batch, strict=True)]
     return thin_dot_p.bind(
-        *compat.unify_varying_axes(lhs, rhs),
+        *operands,
         dimension_numbers=(tuple(map(tuple, contract)), tuple(map(tuple, batch))),
         precision=compat.canonical_precision(precision),
         preferred_element_type=preferred_element_type and jax.numpy.dtype(preferred_element_type),
-        out_sharding=None,
+        out_sharding=dot_sharding(lhs, rhs, dimension_numbers, free),
     )
 
 
@@ -181,7 +185,17 @@ def _batch(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
     else:
         lhs_batch, rhs_batch, out_dim = (lhs_dim, *lhs_batch), (rhs_dim, *rhs_batch), 0
     numbers = (lhs_contract, rhs_contract), (lhs_batch, rhs_batch)
+    if params["out_sharding"] is not None:
+        mapped, dim = (lhs, lhs_dim) if rhs_dim is None else (rhs, rhs_dim)
+        axes = (explicit_spec(mapped) or ())[dim]
+        params["out_sharding"] = _with_dim(params["out_sharding"], out_dim, axes)
     return thin_dot_p.bind(lhs, rhs, dimension_numbers=numbers, **params), out_dim
+
+
+def _with_dim(sharding: NamedSharding, dim: int, axes: Any) -> NamedSharding:
+    """The sharding of an array that has gained a dim, cut along `axes` of the mesh."""
+    spec = [*sharding.spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:dim], axes, *spec[dim:]))
 
 
 def _insert(dim: int | None, dims: Dims) -> Dims:

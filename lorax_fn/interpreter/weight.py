@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_fn.interpreter.explicit import placed_like
 from lorax_fn.interpreter.factor import Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import NotFactoredError
 
@@ -133,9 +134,8 @@ class Weight:
         wide = wide_dtype(self.dtype)
         total = self.base.astype(wide)
         if self.terms:  # together first: two that cancel leave the base exact
-            total += functools.reduce(
-                operator.add, [t.add_up(self.shape, wide) for t in self.terms]
-            )
+            shares = [placed_like(t.add_up(self.shape, wide), total) for t in self.terms]
+            total += functools.reduce(operator.add, shares)
         scaled = Factor(total, tuple(range(self.ndim)))
         for gain in self.gains:
             scaled = scaled.times(gain)
