@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,10 +20,12 @@ def assign_rules(params: Pytree, rules: Rule | Iterable[Rule]) -> dict[str, Rule
     """Returns the rule of every targeted array leaf of params, by path.
 
     Raises:
-        TargetError: if something in `rules` is no rule, or a rule matches no leaf.
+        TargetError: if something in `rules` is no rule, a rule matches no leaf, or two leaves have
+            one path.
     """
     rules = _checked(rules)
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(params) if is_array(leaf)]
+    _check_distinct([path for path, _ in leaves])
     predicates = [compile_targets(rule.targets, rule.exclude) for rule in rules]
     hits = {
         path: [i for i, matches in enumerate(predicates) if matches(path, leaf)]
@@ -36,6 +39,16 @@ def assign_rules(params: Pytree, rules: Rule | Iterable[Rule]) -> dict[str, Rule
             raise _shadowed(rule, matched[0], rules[hits[matched[0]][0]])
         _warn_of_idle_names(rule, leaves)
     return {path: rules[found[0]] for path, found in hits.items() if found}
+
+
+def _check_distinct(paths: Sequence[str]) -> None:
+    """Raises `TargetError` where keys that hold a "/" give two leaves one path."""
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise TargetError(
+            f"two leaves of params have the path {twice[0]!r}, so that no rule can tell them "
+            "apart; wanted keys without '/', or params that nest in one way."
+        )
 
 
 def _checked(rules: Rule | Iterable[Rule]) -> list[Rule]:

@@ -175,6 +175,20 @@ def test_dropout_acts_with_a_key_and_on_the_low_rank_branch_only(getkey, nonzero
     np.testing.assert_array_equal(wrapped(params, zero_branch, x, lora_key=key), x)
 
 
+def test_dropout_masks_differ_by_step_of_a_scan(getkey):
+    params, xs = {"w": jnp.zeros((64, 1))}, jnp.ones((5, 1, 64))
+
+    def over_time(params, xs):
+        return jax.lax.scan(lambda carry, x: (carry, x @ params["w"]), 0, xs)[1]
+
+    factors = lora.init(getkey(), params, [lora.LoRA("w", rank=1, alpha=3, dropout=0.5)])
+    factors = jax.tree.map(jnp.ones_like, factors)
+    wrapped = jax.jit(lora.wrap(over_time, dense="error"))
+    kept = wrapped(params, factors, xs, lora_key=getkey())  # 3 · (what is kept of 64) · 2
+    assert len(np.unique(kept)) > 1
+    assert abs(kept.mean() / (3 * 64) - 1) < 0.2
+
+
 def test_dropout_masks_differ_by_layer_of_a_scan_and_by_weight(getkey):
     def apply_fn(params, x):
         def layer(carry, w):

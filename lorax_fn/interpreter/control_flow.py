@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.extend.core.primitives as primitives
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.dropout import has_dropout, with_step
 from lorax_fn.interpreter.loop import interpret, interpret_in_place
 from lorax_fn.interpreter.pending import settled
 from lorax_fn.interpreter.placement import constrain_factors, factor_spec
@@ -78,17 +80,21 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     n_consts, n_carry = compat.scan_counts(eqn.params)
     consts = operands[:n_consts]
     carry = list(operands[n_consts : n_consts + n_carry])
-    xs, rebuild = _split_xs(operands[n_consts + n_carry :])
+    stacks, rebuild = _split_xs(operands[n_consts + n_carry :])
+    index = jnp.arange(eqn.params["length"]) if any(map(has_dropout, consts)) else None
 
-    def step(ctx: Context, carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-        results = interpret(ctx, eqn.params["jaxpr"], [*consts, *carry, *rebuild(slices)])
+    def step(ctx: Context, carry: list[Any], x: Any) -> tuple[list[Any], list[Any]]:
+        slices, i = x
+        own = consts if i is None else [with_step(const, i) for const in consts]
+        results = interpret(ctx, eqn.params["jaxpr"], [*own, *carry, *rebuild(slices)])
         return results[:n_carry], results[n_carry:]
 
+    xs = (stacks, index)
     one = jax.tree.map(_abstract_slice, xs)
     carry = _stable_carry(ctx, eqn, lambda trial, c, x: step(trial, c, x)[0], carry, one)
 
-    def stable_step(carry: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-        after, ys = step(ctx, carry, slices)
+    def stable_step(carry: list[Any], x: Any) -> tuple[list[Any], list[Any]]:
+        after, ys = step(ctx, carry, x)
         return _like(ctx, eqn, after, carry), ys
 
     carry, ys = lax.scan(stable_step, carry, xs, **compat.scan_options(eqn.params))

@@ -19,6 +19,7 @@ from jax import lax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import RANK, Factor
+from lorax_fn.interpreter.pending import PendingLookup
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
@@ -45,6 +46,9 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         lookup.is_activation(before) or after.is_thin
         for before, after in zip(weight.terms, gathered.terms, strict=True)
     ]
+    if lookup.batch and all(map(lookup.is_activation, weight.terms)):
+        rows = frozenset(lookup.batch)
+        return PendingLookup(gathered, rows, lambda: finish(ctx, eqn, gathered, activations))
     return finish(ctx, eqn, gathered, activations)
 
 

@@ -6,10 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.extend.core.primitives as primitives
 from jax.extend.core import Literal
 
 from lorax_fn.interpreter import compat
-from lorax_fn.interpreter.pending import add_before_shares, is_addition, settled
+from lorax_fn.interpreter.pending import (
+    PendingLookup,
+    accepted,
+    add_before_shares,
+    is_addition,
+    settled,
+)
 from lorax_fn.interpreter.rule import Context, apply_rule
 from lorax_fn.interpreter.weight import Weight
 
@@ -34,7 +41,8 @@ def interpret_in_place(ctx: Context, jaxpr: Any, operands: Sequence[Any]) -> lis
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     def write(var: Any, value: Any) -> None:
-        env[var] = value if uses[var] == 1 else settled(value)
+        waits = uses[var] == 1 or isinstance(value, PendingLookup)
+        env[var] = value if waits else settled(value)
 
     for eqn, dead in zip(jaxpr.eqns, _last_uses(jaxpr), strict=True):
         values = [read(atom) for atom in eqn.invars]
@@ -48,10 +56,12 @@ def interpret_in_place(ctx: Context, jaxpr: Any, operands: Sequence[Any]) -> lis
 
 
 def _evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any]:
-    has_weight = any(isinstance(value, Weight) for value in values)
-    if not has_weight and is_addition(eqn, values):
+    if not any(isinstance(value, Weight) for value in values) and is_addition(eqn, values):
         return [add_before_shares(eqn, values)]
-    values = [settled(value) for value in values]
+    if eqn.primitive is primitives.transpose_p and isinstance(values[0], PendingLookup):
+        return [values[0].transpose(eqn)]
+    values = accepted(eqn, values)
+    has_weight = any(isinstance(value, Weight | PendingLookup) for value in values)
     results = apply_rule(ctx, eqn, values) if has_weight else compat.bind(eqn, values)
     return results if eqn.primitive.multiple_results else [results]
 

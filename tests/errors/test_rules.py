@@ -50,6 +50,12 @@ MATCHING = [
         [r"match|select", r"kernel"],
     ),
     Bad(
+        "two_leaves_of_one_path",
+        lambda: init(rule("a/b"), tree={"a": {"b": jnp.ones((7, 5))}, "a/b": jnp.ones((7, 5))}),
+        lora.TargetError,
+        [r"a/b", r"without '/'"],
+    ),
+    Bad(
         "everything_excluded",
         lambda: init(rule(r".*query/kernel", exclude=r".*")),
         lora.TargetError,

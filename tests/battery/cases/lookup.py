@@ -137,6 +137,33 @@ LOOKUPS = [
     ),
 ]
 
+# The operation of a lookup, but what it yields is contracted along the rows: a weight still.
+PERMUTATIONS = [
+    OpCase(
+        name="lookup/permuted_rows",
+        weights={"w": W("co", 7, 5)},
+        inputs={"x": F(3, 7), "order": OneOf(np.arange(7)[::-1].copy(), np.arange(7) * 3 % 7)},
+        fn=lambda p, x: x["x"] @ p["w"][x["order"]],
+        reference=lambda p, x: x["x"] @ p["w"][x["order"]],
+    ),
+    OpCase(
+        name="lookup/rows_picked_and_transposed",
+        weights={"w": W("co", 7, 5)},
+        inputs={"x": F(4, 3), "rows": Ints((4,), high=7)},
+        fn=lambda p, x: p["w"][x["rows"]].T @ x["x"],
+        reference=lambda p, x: p["w"][x["rows"]].T @ x["x"],
+        images=(20,),
+    ),
+    OpCase(
+        name="lookup/contracted_and_looked_at",
+        weights={"table": TABLE},
+        inputs={"ids": IDS, "x": F(3, 6)},
+        fn=lambda p, x: (lambda rows: (x["x"] @ rows, jnp.tanh(rows)))(p["table"][x["ids"]]),
+        reference=lambda p, x: (x["x"] @ p["table"][x["ids"]], np.tanh(p["table"][x["ids"]])),
+        activations=(30,),
+    ),
+]
+
 PICKS = [
     stack_case("static", lambda w, x: x["x"] @ w[2], lambda w, x: x["x"] @ w[2]),
     stack_case("static_last", lambda w, x: x["x"] @ w[-1], lambda w, x: x["x"] @ w[-1]),
@@ -216,4 +243,4 @@ PICKS = [
     ),
 ]
 
-CASES = LOOKUPS + PICKS
+CASES = LOOKUPS + PERMUTATIONS + PICKS
