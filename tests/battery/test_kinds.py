@@ -1,7 +1,6 @@
 """Every adapter kind: the battery's operations against the kind's own formula in numpy."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,42 +10,11 @@ import pytest
 
 import lorax_fn as lora
 from lorax_fn.adapters import is_adapter
-from tests.battery.cases import FACTORED
+from tests.battery.cases import ALL, FACTORED, OPERATIONS
 from tests.battery.kinds import KINDS
 from tests.battery.materials import assert_close, expected, materials
 from tests.battery.transforms import TRANSFORMS, Run
 
-# One operation or two for each interpreter rule; all of them with ALL_OPERATIONS=1.
-OPERATIONS = [
-    "dot/contract_around_out",
-    "dot/two_out",
-    "dot/all_half",
-    "dot/tied_both_sides",
-    "einsum/experts",
-    "einsum/batch_dims_apart",
-    "conv/2d_everything",
-    "conv/2d_depthwise",
-    "embedding/two_dims_of_ids",
-    "embedding/fill_with_a_value",
-    "stack/traced",
-    "stack/every_expert_on_every_token",
-    "stack/layer_then_lookup",
-    "ragged/dot",
-    "chain/long",
-    "chain/reshape_split_out",
-    "chain/cast_to_half",
-    "chain/dynamic_slice_out",
-    "chain/times_both_vectors",
-    "chain/fused_qkv_some_adapted",
-    "chain/stack_of_experts",
-    "chain/split",
-    "scan/stacked_layers",
-    "while/carry",
-    "cond/chooses_between_weights",
-    "checkpoint/weight_comes_out",
-    "inside/vmap_over_experts",
-    "shard_map/on_contract",
-]
 # A gain that differs between the inputs of a kernel's positions, or of fused kernels, is no gain of
 # the data's; one on what a lookup fills in with would change that.
 ADDED_UP = {
@@ -70,7 +38,6 @@ KRONECKER = (
     "inside/vmap_over_experts",
 )
 TRANSFORMED = {"einsum/experts", "scan/stacked_layers"}
-ALL = os.environ.get("ALL_OPERATIONS") == "1"
 CASES = [
     dataclasses.replace(case, kind=kind)
     for kind in KINDS
