@@ -4,6 +4,7 @@ Importing the package registers the rules; `interpret` evaluates with them.
 """
 
 from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they register)
+    collectives,
     contractions,
     control_flow,
     convolution,

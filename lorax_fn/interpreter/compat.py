@@ -143,6 +143,13 @@ def unify_varying_axes(*operands: Any) -> list[Any]:
     return list(unify(*operands))
 
 
+def varying_axes(array: Any) -> frozenset[Any]:
+    """The mesh axes along which an array within `shard_map` may differ, if its type tells."""
+    aval = jax.typeof(array)
+    found = getattr(aval, "manual_axis_type", None)  # from jax 0.10 on
+    return frozenset(found.varying if found is not None else aval.vma)
+
+
 def current_mesh() -> Any:
     """The mesh set by `jax.set_mesh` or entered by `with mesh:`, or None."""
     for mesh in (_mesh.get_concrete_mesh(), _mesh.thread_resources.env.physical_mesh):
