@@ -16,7 +16,9 @@ from lorax_fn.adapters import (
     VeRA,
     orthogonality,
 )
+from lorax_fn.arithmetic import combine, resize, scale, subtract
 from lorax_fn.axes import Axes, infer_axes
+from lorax_fn.compare import Comparison, compare
 from lorax_fn.errors import (
     AdapterFileError,
     AxesError,
@@ -40,6 +42,7 @@ __all__ = [
     "AdapterFileError",
     "Axes",
     "AxesError",
+    "Comparison",
     "DenseWarning",
     "DoRA",
     "Frozen",
@@ -54,6 +57,8 @@ __all__ = [
     "TargetError",
     "TrainableTokens",
     "VeRA",
+    "combine",
+    "compare",
     "freeze",
     "infer_axes",
     "init",
@@ -63,8 +68,11 @@ __all__ = [
     "orthogonality",
     "param_labels",
     "precondition",
+    "resize",
+    "scale",
     "shardings",
     "stack",
+    "subtract",
     "take",
     "trainable_mask",
     "unmerge",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from lorax_fn.adapters import Adapter, is_adapter
-from lorax_fn.errors import StructureError
+from lorax_fn.errors import LoraError, StructureError
 from lorax_fn.paths import leaves_with_paths
 from lorax_fn.tracing import is_array
 
@@ -47,10 +48,49 @@ def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None
     return pairs
 
 
+def align(trees: Sequence[Pytree]) -> tuple[Any, list[tuple[str, list[Any]]]]:
+    """The nodes of several factors of one base, path by path, and the structure to put them in.
+
+    Raises:
+        LoraError: if they are no list of at least one tree.
+        StructureError: if the trees differ in more than their nodes, or hold something else.
+    """
+    if isinstance(trees, dict) or not isinstance(trees, Sequence) or not trees:
+        raise LoraError(
+            f"got {type(trees).__name__} of {len(trees) if trees else 0}; wanted a list "
+            "of factors, at least one."
+        )
+    treedefs: list[Any] = [jax.tree.structure(tree, is_leaf=_is_place) for tree in trees]
+    flat = [dict(leaves_with_paths(tree, is_leaf=_is_place)) for tree in trees]
+    for i, (treedef, nodes) in enumerate(zip(treedefs, flat, strict=True)):
+        for path in dict.fromkeys([*flat[0], *nodes]):
+            ours, theirs = (tree.get(path) for tree in (flat[0], nodes))
+            if (path in flat[0]) != (path in nodes) or not (_is_place(ours) and _is_place(theirs)):
+                raise StructureError(
+                    f"factors 0 have {name_kind(ours)} at {path!r}, factors {i} have "
+                    f"{name_kind(theirs)}; wanted factors of the same params."
+                )
+        if treedef != treedefs[0]:
+            raise StructureError(
+                f"factors 0 and {i} name the same leaves in containers of other types; wanted "
+                "factors of the same params."
+            )
+    return treedefs[0], [(path, [nodes[path] for nodes in flat]) for path in flat[0]]
+
+
+def name_kind(node: Any) -> str:
+    """The kind of a node of factors, as an error names it."""
+    return node.kind if is_adapter(node) else "nothing" if node is None else _brief(node)
+
+
+def _is_place(node: Any) -> bool:
+    return node is None or is_adapter(node)
+
+
 def _difference(params: Pytree, factors: Pytree) -> str:
     """Where two trees part: a path that one has and the other lacks, or their kinds of node."""
     wanted = {path for path, _ in leaves_with_paths(params)}
-    nodes = leaves_with_paths(factors, is_leaf=lambda node: node is None or is_adapter(node))
+    nodes = leaves_with_paths(factors, is_leaf=_is_place)
     for path, node in nodes:
         if path not in wanted:
             return f"factors hold {_brief(node)} at {path!r}, where params have no leaf"

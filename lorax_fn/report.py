@@ -77,7 +77,7 @@ class Report:
         return [row.path for row in self.rows if row.dense]
 
     def __str__(self) -> str:
-        return f"{_aligned(_HEADER, self._cells())}\n{self._summary()}"
+        return f"{aligned(_HEADER, self._cells())}\n{self._summary()}"
 
     def to_markdown(self) -> str:
         """The rows as a Markdown table, the totals below it."""
@@ -214,7 +214,8 @@ def _dims(dims: Sequence[int]) -> str:
     return ",".join(map(str, dims)) or "-"
 
 
-def _aligned(header: list[str], rows: list[list[str]]) -> str:
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """The rows under their header, columns aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["─" * width for width in widths], *rows]
     return "\n".join(

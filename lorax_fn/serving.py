@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_fn.adapters import Adapter, is_adapter
+from lorax_fn.adapters import Adapter
 from lorax_fn.errors import LoraError, StructureError
-from lorax_fn.paths import leaves_with_paths
+from lorax_fn.pairing import align, name_kind
 
 Pytree = Any
 
@@ -45,19 +45,8 @@ def stack(adapters: Sequence[Pytree]) -> Pytree:
     >>> lora.stack(each)["w"].a.shape
     (2, 4, 2)
     """
-    if isinstance(adapters, dict) or not isinstance(adapters, Sequence) or not adapters:
-        raise LoraError(
-            f"got {type(adapters).__name__} of {len(adapters) if adapters else 0}; wanted a list "
-            "of factors, at least one."
-        )
-    flat = [leaves_with_paths(tree, is_leaf=_is_place) for tree in adapters]
-    for i, other in enumerate(flat):
-        _check_same_places(i, dict(flat[0]), dict(other))
-    treedef = jax.tree.structure(adapters[0], is_leaf=_is_place)
-    stacked = [
-        None if entries[0][1] is None else _stacked(entries[0][0], [node for _, node in entries])
-        for entries in zip(*flat, strict=True)
-    ]
+    treedef, places = align(adapters)
+    stacked = [_stacked(path, nodes) for path, nodes in places]
     return jax.tree.unflatten(treedef, stacked)
 
 
@@ -84,26 +73,15 @@ def take(stacked: Pytree, i: Any) -> Pytree:
     return jax.tree.map(lambda array: array[i], stacked)
 
 
-def _is_place(node: Any) -> bool:
-    return node is None or is_adapter(node)
-
-
-def _check_same_places(i: int, first: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raises `StructureError` unless factors `i` have nodes of the same kinds at the same paths."""
-    for path in dict.fromkeys([*first, *other]):
-        kinds = [_kind(tree.get(path)) for tree in (first, other)]
-        if kinds[0] != kinds[1] or (path in first) != (path in other):
+def _stacked(path: str, nodes: Sequence[Any]) -> Adapter | None:
+    for i, node in enumerate(nodes):
+        if name_kind(node) != name_kind(nodes[0]):
             raise StructureError(
-                f"factors 0 have {kinds[0]} at {path!r}, factors {i} have {kinds[1]}; wanted "
-                "factors of the same params, targets and kinds."
+                f"factors 0 have {name_kind(nodes[0])} at {path!r}, factors {i} have "
+                f"{name_kind(node)}; wanted factors of the same params, targets and kinds."
             )
-
-
-def _kind(node: Any) -> str:
-    return node.kind if is_adapter(node) else "nothing" if node is None else type(node).__name__
-
-
-def _stacked(path: str, nodes: list[Adapter]) -> Adapter:
+    if nodes[0] is None:
+        return None
     scales = {getattr(node, "scale", None) for node in nodes}
     if len(scales) > 1:
         nodes = [node.unscaled() for node in nodes]

@@ -39,3 +39,20 @@ def as_factors(
     batch, contract, out = split_shape(shape, axes)
     rank = columns.shape[-1]
     return columns.reshape(*batch, *contract, rank), rows.reshape(*batch, rank, *out)
+
+
+def product_svd(columns: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The SVD of columns·rows, (batch, contract, r)·(batch, r, out), without forming the product.
+
+    Two QR decompositions leave a core of r × r to decompose: O((contract + out)·r²).
+
+    Returns:
+        u (batch, contract, k), s (batch, k) falling, vt (batch, k, out), for the rank k that the
+        shapes allow: min(contract, r, out) at most.
+    """
+    with jax.default_matmul_precision("highest"):
+        q, left = jnp.linalg.qr(columns)  # (batch, contract, i), (batch, i, r)
+        p, right = jnp.linalg.qr(jnp.swapaxes(rows, -1, -2))  # (batch, out, j), (batch, j, r)
+        core = left @ jnp.swapaxes(right, -1, -2)  # (batch, i, j)
+        u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+        return q @ u, s, vt @ jnp.swapaxes(p, -1, -2)

@@ -1,3 +1,3 @@
-"""The script that made the reference needs PyTorch, which the tests do not."""
+"""The scripts that made the references need PyTorch, which the tests do not."""
 
-collect_ignore = ["make_peft_reference.py"]
+collect_ignore = ["make_peft_combinations.py", "make_peft_reference.py"]
