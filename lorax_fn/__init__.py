@@ -18,6 +18,7 @@ from lorax_fn.adapters import (
 )
 from lorax_fn.arithmetic import combine, resize, scale, subtract
 from lorax_fn.axes import Axes, infer_axes
+from lorax_fn.batched import wrap_batched
 from lorax_fn.compare import Comparison, compare
 from lorax_fn.errors import (
     AdapterFileError,
@@ -77,4 +78,5 @@ __all__ = [
     "trainable_mask",
     "unmerge",
     "wrap",
+    "wrap_batched",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import LoraError, StructureError
@@ -54,7 +55,8 @@ def take(stacked: Pytree, i: Any) -> Pytree:
     """Adapter `i` of what `stack` made; `i` may be traced: another adapter needs no compile.
 
     Raises:
-        LoraError: if `i` is a Python integer out of range, or nothing is stacked.
+        LoraError: if `i` is out of range, or nothing is stacked. A traced `i` cannot be looked at:
+            out of range it gives NaN.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"w": jnp.ones((4, 3))}
@@ -62,15 +64,31 @@ def take(stacked: Pytree, i: Any) -> Pytree:
     >>> lora.take(lora.stack([f, f]), 1)["w"].a.shape
     (4, 1)
     """
-    arrays = jax.tree.leaves(stacked)
-    if not arrays:
-        raise LoraError("the factors hold no array; wanted what lora.stack made.")
-    n = arrays[0].shape[0]
-    if not isinstance(i, jax.Array):
-        i = operator.index(i)
-        if not 0 <= i < n:
-            raise LoraError(f"adapter {i} of {n} stacked ones does not exist; wanted 0 to {n - 1}.")
+    n = count_stacked(stacked)
+    if isinstance(i, jax.core.Tracer):
+        exists = (i >= 0) & (i < n)
+        return jax.tree.map(lambda array: jnp.where(exists, _at(array, i), jnp.nan), stacked)
+    i = operator.index(i)
+    if not 0 <= i < n:
+        raise LoraError(f"adapter {i} of {n} stacked ones does not exist; wanted 0 to {n - 1}.")
     return jax.tree.map(lambda array: array[i], stacked)
+
+
+def count_stacked(stacked: Pytree) -> int:
+    """How many adapters are stacked.
+
+    Raises:
+        LoraError: if there is nothing, or arrays of different first axes.
+    """
+    lengths = {jnp.shape(array)[:1] for array in jax.tree.leaves(stacked)}
+    if len(lengths) != 1 or () in lengths:
+        what = "different first axes" if lengths else "no arrays"
+        raise LoraError(f"the factors hold {what}; wanted what lora.stack made.")
+    return lengths.pop()[0]
+
+
+def _at(array: Any, i: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(array, i, keepdims=False)
 
 
 def _stacked(path: str, nodes: Sequence[Any]) -> Adapter | None:

@@ -72,14 +72,14 @@ def trace(
     (Array([2., 2., 2.], dtype=float32), True)
     """
     check_function(apply_fn)
-    param_leaves, param_slots, fill_params = _partition(params, is_array)
-    arg_leaves, _, fill_args = _partition((tuple(args), dict(kwargs)), is_array)
+    param_leaves, param_slots, fill_params = partition(params, is_array)
+    arg_leaves, _, fill_args = partition((tuple(args), dict(kwargs)), is_array)
     fill_outputs: list[Callable[[Sequence[Any]], Pytree]] = []
 
     def flat(*arrays: Any) -> list[Any]:
         args, kwargs = fill_args(arrays[len(param_leaves) :])
         outputs = apply_fn(fill_params(arrays[: len(param_leaves)]), *args, **kwargs)
-        computed, _, fill = _partition(outputs, _is_computed)
+        computed, _, fill = partition(outputs, _is_computed)
         fill_outputs.append(fill)
         return computed
 
@@ -115,7 +115,7 @@ def _takes_params_second(
     """Whether the function traces with its first two arguments exchanged."""
     if not args:
         return False
-    arrays, _, fill = _partition((args[0], params, tuple(args[1:]), dict(kwargs)), is_array)
+    arrays, _, fill = partition((args[0], params, tuple(args[1:]), dict(kwargs)), is_array)
 
     def exchanged(*arrays: Any) -> None:
         first, second, rest, kwargs = fill(arrays)
@@ -128,7 +128,7 @@ def _takes_params_second(
     return True
 
 
-def _partition(
+def partition(
     tree: Pytree, traced: Callable[[Any], bool]
 ) -> tuple[list[Any], tuple[int, ...], Callable[[Sequence[Any]], Pytree]]:
     """Splits off the traced leaves: (leaves, their positions, a function that puts others back)."""

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from lorax_fn.axes import Axes
 from lorax_fn.interpreter import Weight
@@ -70,6 +71,10 @@ class Adapter(abc.ABC):
     def unscaled(self) -> Adapter:
         """The same change with the scale, if there is one, multiplied into an array."""
         return self
+
+    def neutral(self) -> Adapter:
+        """A node of the same arrays' shapes with which the leaf stays as it is."""
+        return jax.tree.map(jnp.zeros_like, self)
 
     @abc.abstractmethod
     def trainable(self) -> Adapter:

@@ -55,6 +55,7 @@ class DoRAFactors(LoRAFactors):
         dims = (*self.axes.batch, *self.axes.out)
         squared = Factor(lax.stop_gradient(self.squared_norm), dims)
         norm = jnp.sqrt(jnp.maximum(_squared_norm(leaf, terms, squared), 0))
+        # An output of norm zero has no direction, and a gain of one; `neutral` relies on it.
         gain = jnp.where(norm > 0, self.magnitude / jnp.where(norm > 0, norm, 1), 1)
         return Weight(leaf, terms, (path,), (Factor(gain, dims),))
 

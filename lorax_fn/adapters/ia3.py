@@ -55,6 +55,10 @@ class IA3Gain(Adapter):
         """The batch dims, and the out or the contract dims."""
         return dataclasses.replace(self, gain=_dims(self.axes, self.on))
 
+    def neutral(self) -> IA3Gain:
+        """A gain of ones."""
+        return dataclasses.replace(self, gain=jnp.ones_like(self.gain))
+
     def trainable(self) -> IA3Gain:
         """The gain is trained."""
         return dataclasses.replace(self, gain=True)
