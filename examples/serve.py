@@ -36,6 +36,7 @@ import lorax_fn as lora
 
 Pytree = Any
 LARGEST_RANK = 8
+SAMPLES = 12  # texts that the load test asks about
 KERNELS, HEAD = r".*/encoder/.*/kernel", r".*/classifier/.*"
 AREAS = {
     "network": "asyncio email http imaplib ipaddress mailbox urllib wsgiref xmlrpc",
@@ -100,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> load_test.Report | None:
     options = parse_options(arguments)
     compilations = load_test.Compilations()
     tokenizer = weights.load_tokenizer(options.length)
-    splits = data.load(data.collect(), tokenizer, options.limit)
+    examples = data.collect()
+    splits = data.load(examples, tokenizer, options.limit)
     published = jax.device_put(weights.load_params())
     model = Classifier(len(data.PACKAGES))
     head = head_on_encoder(published, splits, len(data.PACKAGES), batch=32)
@@ -119,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> load_test.Report | None:
         if options.load_test is None:
             serve(service, options.port)
             return None
-        expected = by_merging(model, variables, slots, splits["test"])
+        texts = [example.text for example in examples[:SAMPLES]]
+        expected = by_merging(model, variables, slots, service, texts)
         return tested(service, compilations, expected, list(files.values()), options)
     finally:
         engine.stop()
@@ -180,29 +183,22 @@ def serve(service: Service, port: int) -> None:
 
 
 def by_merging(
-    model: Classifier, variables: Pytree, slots: Slots, split: data.Split
+    model: Classifier, variables: Pytree, slots: Slots, service: Service, texts: Sequence[str]
 ) -> dict[tuple[str, str | None], str]:
-    """The right labels of some texts, by a merged model for each adapter, one text at a time."""
-    texts = sample_texts()
-    tokenizer = weights.load_tokenizer(split.ids.shape[1])
-    encoded = [tokenizer.encode(text) for text in texts]
+    """The right label of each (text, adapter): by merged models, one text at a time."""
     plain = jax.jit(model.apply)
-    models = {None: (variables, data.PACKAGES)}
+    models = {None: (variables, service.base.labels)}
     for name, entry in slots.entries.items():
         merged = lora.merge(variables, lora.take(slots.stacked, entry.slot))
         models[name] = (merged, entry.labels)
-    expected = {}
+    expected: dict[tuple[str, str | None], str] = {}
     for name, (merged, labels) in models.items():
-        for text, encoding in zip(texts, encoded, strict=True):
+        for text in texts:
+            encoding = service.tokenizer.encode(text)
             ids, mask = (np.array([x], np.int32) for x in (encoding.ids, encoding.attention_mask))
             logits = np.asarray(plain(merged, ids, mask))[0, : len(labels)]
             expected[text, name] = labels[int(logits.argmax())]
     return expected
-
-
-def sample_texts(count: int = 12) -> list[str]:
-    """Some docstrings."""
-    return [example.text for example in data.collect()[:count]]
 
 
 def tested(
