@@ -32,10 +32,10 @@ def wrap_batched(
     all); only the thin products with the factors are each example's own. Other ids, or other values
     in `stacked`, need no compile.
 
-    Costs beside the base's products: the factors of each example, gathered from `stacked`, and
-    their thin products, whatever the number of adapters. DoRA's norms are computed for each
-    example. A leaf that `Full` trains becomes a weight for each example: cheap for biases and
-    heads, not for the kernels of a model.
+    Costs beside the base's products: the factors of each example, gathered from `stacked` (of an
+    adapted embedding too: all of its A), and their thin products; the number of adapters does not
+    matter. DoRA's norms are computed for each example. A leaf that `Full` trains becomes a weight
+    for each example: cheap for biases and heads, not for the kernels of a model.
 
     Args:
         apply_fn: any function of params and arrays whose first axis is the batch.
