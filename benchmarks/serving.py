@@ -28,6 +28,7 @@ import numpy as np
 import lorax_fn as lora
 from benchmarks.cost import align, machine
 from benchmarks.model import Config, Transformer
+from benchmarks.variants import TARGETS
 
 Pytree = Any
 REFERENCE = "merged"
@@ -80,6 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=8)
     add("--length", type=int, default=128, help="tokens in an example")
     add("--rank", type=int, default=8)
+    add("--targets", choices=TARGETS, default="every kernel", help="what is adapted")
     add("--adapters", type=int, nargs="+", default=[1, 8, 64, 512], help="how many are loaded")
     add("--rounds", type=int, default=25, help="times each call is timed")
     add("--json", type=pathlib.Path, help="file to write the figures to")
@@ -98,7 +100,7 @@ def build(
     tokens = jax.random.randint(jax.random.key(0), shape, 0, model.config.vocabulary)
     params = jax.jit(model.init)(jax.random.key(1), tokens)
     axes = lora.infer_axes(model.apply, params, tokens)
-    rules = [lora.LoRA(r".*/kernel", rank=options.rank, alpha=2.0 * options.rank)]
+    rules = [lora.LoRA(TARGETS[options.targets], rank=options.rank, alpha=2.0 * options.rank)]
     factors = lora.init(jax.random.key(2), params, rules, axes=axes)
     merged = lora.merge(params, factors)
 
