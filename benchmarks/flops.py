@@ -11,11 +11,12 @@ one for each element of an elementwise operation, none for transcendentals and d
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable
+
+from benchmarks.hlo import Instruction, parse
 
 ELEMENTWISE = frozenset({
     "abs", "add", "and", "ceil", "clamp", "compare", "complex", "convert", "divide", "floor",
@@ -23,39 +24,6 @@ ELEMENTWISE = frozenset({
     "remainder", "round-nearest-afz", "round-nearest-even", "select", "shift-left",
     "shift-right-arithmetic", "shift-right-logical", "sign", "subtract", "xor",
 })  # fmt: skip
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-    r"|\bbranch_computations=\{([^}]*)\}"
-)
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of HLO: `%name = type opcode(operands), attributes`."""
-
-    name: str
-    shape: tuple[int, ...]  # of the result, or of the first part of a tuple
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def called(self) -> list[str]:
-        """The computations named by attributes such as `calls=%f` and `branch_computations={…}`."""
-        named = [name for found in _CALLED.findall(self.attributes) for name in found if name]
-        return [name.strip(" %") for names in named for name in names.split(",")]
-
-    def dims(self, key: str) -> list[int]:
-        """The numbers of an attribute such as `lhs_contracting_dims={0,1}` (or, quoted, JSON's)."""
-        match = re.search(rf'{key}"?[=:][{{\[]([\d,"]*)[}}\]]', self.attributes)
-        return [int(d) for d in re.findall(r"\d+", match[1])] if match else []
 
 
 def count(hlo: str) -> int:
@@ -64,7 +32,7 @@ def count(hlo: str) -> int:
     Raises:
         ValueError: where a loop's trip count is unknown.
     """
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
 
     @functools.cache
     def of_computation(name: str) -> int:
@@ -86,9 +54,7 @@ def _calls(_: Instruction, __: list[Instruction], called: list[int]) -> int:
 
 
 def _while(i: Instruction, _: list[Instruction], called: list[int]) -> int:
-    if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
-        return int(trips[1]) * sum(called)
-    raise ValueError(f"XLA knows no trip count for the loop {i.name}; wanted one to count FLOPs.")
+    return i.trips * sum(called)
 
 
 def _conditional(_: Instruction, __: list[Instruction], called: list[int]) -> int:
@@ -135,37 +101,3 @@ RULES: dict[str, Callable[[Instruction, list[Instruction], list[int]], int]] = {
     "convolution": _convolution,
     "custom-call": _custom_call,
 }
-
-
-def _parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
-    computations: dict[str, list[Instruction]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[2]
-            entry = name if header[1] else entry
-            computations[name] = []
-        elif found := _INSTRUCTION.match(line):
-            computations[name].append(_instruction(found[1], found[2]))
-    return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    """Splits `type opcode(operands), attributes`; a tuple's type is itself in parentheses."""
-    type_end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    opcode, _, rest = text[type_end:].strip().partition("(")
-    end = _closing("(" + rest, 0) - 2
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-    shape = _SHAPE.search(text[:type_end])
-    dims = tuple(int(n) for n in shape[1].split(",") if n) if shape else ()
-    return Instruction(name, dims, opcode, operands, rest[end:])
-
-
-def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if not depth:
-            return index + 1
-    raise ValueError(f"No closing parenthesis in HLO: {text[start : start + 80]}…")

@@ -19,6 +19,7 @@ from lorax_fn.adapters import (
 from lorax_fn.arithmetic import combine, resize, scale, subtract
 from lorax_fn.axes import Axes, infer_axes
 from lorax_fn.batched import wrap_batched
+from lorax_fn.checkpoint import restore_checkpoint, save_checkpoint
 from lorax_fn.compare import Comparison, compare
 from lorax_fn.errors import (
     AdapterFileError,
@@ -70,6 +71,8 @@ __all__ = [
     "param_labels",
     "precondition",
     "resize",
+    "restore_checkpoint",
+    "save_checkpoint",
     "scale",
     "shardings",
     "stack",
