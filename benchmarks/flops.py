@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable
 
-from benchmarks.hlo import Instruction, parse
+from benchmarks.hlo import Instruction, parse, trip_count
 
 ELEMENTWISE = frozenset({
     "abs", "add", "and", "ceil", "clamp", "compare", "complex", "convert", "divide", "floor",
@@ -42,6 +42,8 @@ def count(hlo: str) -> int:
     def of_instruction(i: Instruction, body: dict[str, Instruction]) -> int:
         operands = [body[name] for name in i.operands]
         called = [of_computation(name) for name in i.called]
+        if i.opcode == "while":
+            return trip_count(i, computations) * sum(called)
         if i.opcode in ELEMENTWISE:
             return i.size
         return RULES.get(i.opcode, _calls)(i, operands, called)
@@ -51,10 +53,6 @@ def count(hlo: str) -> int:
 
 def _calls(_: Instruction, __: list[Instruction], called: list[int]) -> int:
     return sum(called)  # fusion, call, async; nothing for all that only moves data
-
-
-def _while(i: Instruction, _: list[Instruction], called: list[int]) -> int:
-    return i.trips * sum(called)
 
 
 def _conditional(_: Instruction, __: list[Instruction], called: list[int]) -> int:
@@ -92,7 +90,6 @@ def _custom_call(i: Instruction, operands: list[Instruction], _: list[int]) -> i
 
 
 RULES: dict[str, Callable[[Instruction, list[Instruction], list[int]], int]] = {
-    "while": _while,
     "conditional": _conditional,
     "reduce": _reduce,
     "reduce-window": _reduce_window,

@@ -1,4 +1,4 @@
-"""Reading XLA's optimised HLO text: its computations, their instructions, how often loops run."""
+"""Reading XLA's HLO text: its computations, their instructions, how often loops run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""  # of a constant
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,21 +42,26 @@ class Instruction:
         named = [name for found in _CALLED.findall(self.attributes) for name in found if name]
         return [name.strip(" %") for names in named for name in names.split(",")]
 
-    @property
-    def trips(self) -> int:
-        """How often a loop runs.
-
-        Raises:
-            ValueError: if XLA does not know.
-        """
-        if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes):
-            return int(found[1])
-        raise ValueError(f"XLA knows no trip count for the loop {self.name}; wanted one to count.")
-
     def dims(self, key: str) -> list[int]:
         """The numbers of an attribute such as `lhs_contracting_dims={0,1}` (or, quoted, JSON's)."""
         match = re.search(rf'{key}"?[=:][{{\[]([\d,"]*)[}}\]]', self.attributes)
         return [int(d) for d in re.findall(r"\d+", match[1])] if match else []
+
+
+def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """How often a `while` runs: as XLA noted, or what its counter from zero is compared with.
+
+    Raises:
+        ValueError: if neither is to be found.
+    """
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(found[1])
+    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+    limits = [i.literal for i in condition if i.opcode == "constant" and i.literal.isdigit()]
+    tests = [i for i in condition if i.opcode == "compare"]
+    if len(limits) == len(tests) == 1 and "direction=LT" in tests[0].attributes:
+        return int(limits[0])
+    raise ValueError(f"the loop {loop.name} has no trip count; wanted one to count by.")
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -88,7 +94,8 @@ def _instruction(name: str, text: str) -> Instruction:
         (dtype, tuple(int(n) for n in dims.split(",") if n))
         for dtype, dims in _ARRAY.findall(text[:type_end])
     )
-    return Instruction(name, arrays, opcode, operands, rest[end:])
+    literal = rest[:end] if opcode == "constant" else ""
+    return Instruction(name, arrays, opcode, operands, rest[end:], literal)
 
 
 def _closing(text: str, start: int) -> int:
