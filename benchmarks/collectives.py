@@ -16,6 +16,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from benchmarks.hlo import Instruction, nbytes, parse, trip_count
 
 WEIGHTS = {
@@ -23,7 +25,7 @@ WEIGHTS = {
     "reduce-scatter": lambda n: n - 1,  # its result is an n-th of the operand
     "all-to-all": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
-    "collective-permute": lambda n: 1,
+    "collective-permute": lambda _: 1,
 }
 
 
@@ -34,7 +36,7 @@ class Collective:
     kind: str
     dtype: str
     shape: tuple[int, ...]  # of the result, on one device
-    group: int  # devices that take part together
+    devices: tuple[int, ...]  # the first of the groups that exchange with each other
     times: int
 
     @property
@@ -45,14 +47,14 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that each device sends, all times together."""
-        return self.times * nbytes(self.dtype, self.shape) * WEIGHTS[self.kind](self.group)
+        return self.times * nbytes(self.dtype, self.shape) * WEIGHTS[self.kind](len(self.devices))
 
 
 def collectives(hlo: str) -> list[Collective]:
     """Every array that the program moves between devices.
 
     Raises:
-        ValueError: where a loop's trip count, or a group's size, is unknown.
+        ValueError: where a loop's trip count, or a group of devices, is unknown.
     """
     computations, entry = parse(hlo)
     found: list[Collective] = []
@@ -61,8 +63,9 @@ def collectives(hlo: str) -> list[Collective]:
         for i in computations[name]:
             kind = i.opcode.removesuffix("-start")
             if kind in WEIGHTS:
-                n = group_size(i)
-                found.extend(Collective(kind, d, s, n, times) for d, s in i.arrays if n > 1)
+                group = first_group(i)
+                arrays = i.arrays if len(group) > 1 else ()
+                found.extend(Collective(kind, *array, group, times) for array in arrays)
             inner = times * (trip_count(i, computations) if i.opcode == "while" else 1)
             for called in i.called:
                 visit(called, inner)
@@ -71,16 +74,22 @@ def collectives(hlo: str) -> list[Collective]:
     return found
 
 
-def group_size(i: Instruction) -> int:
-    """How many devices of a collective exchange with each other."""
-    if i.opcode.startswith("collective-permute"):
-        return 2
+def first_group(i: Instruction) -> tuple[int, ...]:
+    """The devices of a collective that exchange with device 0, in any of HLO's three notations."""
     text = i.attributes
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        lengths = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-        return math.prod(int(lengths[name]) for name in re.findall(r"'(\w+)'", axes[2]))
-    if shape := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-        return int(shape[2])
-    if first := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(first[1].split(","))
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return (int(pairs[1]), int(pairs[2]))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(map(int, listed[1].split(",")))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        lengths = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        named = re.findall(r"'(\w+)'", mesh[2])
+        ids = np.arange(math.prod(lengths.values())).reshape(*lengths.values())
+        others = tuple(slice(None) if name in named else 0 for name in lengths)
+        return tuple(ids[others].ravel().tolist())
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = [int(n) for n in iota[2].split(",")]
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).ravel()
+        return tuple(ids[: int(iota[1])].tolist())
     raise ValueError(f"the replica groups of {i.name} are not understood: {text[:120]}")

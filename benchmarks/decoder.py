@@ -55,7 +55,7 @@ class Config:
         return {"layers": layers, "norm": (d,), **vocabulary}
 
     def specs(self) -> dict[str, Any]:
-        """Where each weight lies: cut along `fsdp`, and heads, hidden units or experts, `tensor`."""
+        """Where each weight lies: `tensor` cuts heads, hidden units or experts, `fsdp` a width."""
         inward, outward = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
         experts = P(None, "tensor", "fsdp"), P(None, "tensor", None, "fsdp")
         into_mlp, out_of_mlp = experts if self.experts else (inward, outward)

@@ -56,19 +56,23 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     1001
     """
     _check_transformation("freeze", tx)
-    masked = optax.chain(
-        optax.masked(tx, trainable_mask), optax.masked(optax.set_to_zero(), _frozen_mask)
+    return optax.chain(
+        optax.masked(tx, _trained_mask), optax.masked(optax.set_to_zero(), _frozen_mask)
     )
 
-    def init(tree: Pytree) -> Any:
-        if not any(map(is_adapter, jax.tree.leaves(tree, is_leaf=is_adapter))):
-            raise LoraError(
-                "the tree to optimise holds no adapter node, so nothing would be trained; wanted "
-                "the factors that lora.init made, or a tree that holds them."
-            )
-        return masked.init(tree)
 
-    return optax.GradientTransformationExtraArgs(init, masked.update)
+def _trained_mask(tree: Pytree) -> Pytree:
+    """`trainable_mask`, of a tree that has to hold adapters.
+
+    Checked here, not in an `init` of `freeze`'s own: `optax.tree_utils.tree_map_params`, which
+    places the state on a mesh, initialises an optimiser on a placeholder that masks never see.
+    """
+    if not any(map(is_adapter, jax.tree.leaves(tree, is_leaf=is_adapter))):
+        raise LoraError(
+            "the tree to optimise holds no adapter node, so nothing would be trained; wanted the "
+            "factors that lora.init made, or a tree that holds them."
+        )
+    return trainable_mask(tree)
 
 
 def _check_transformation(name: str, tx: Any) -> None:
