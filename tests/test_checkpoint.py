@@ -149,7 +149,7 @@ def test_values_that_changed_are_refused(saved, monkeypatch):
 @pytest.mark.parametrize("damaged", [b"", b"{}", b"[1, 2]", b"\xff\xfe"])
 def test_a_record_that_is_something_else_is_refused(saved, damaged):
     folder, *_ = saved
-    params, *given = run.start(run.make_mesh(4, 2))
+    _, *given = run.start(run.make_mesh(4, 2))
     (folder / "3" / "record" / "metadata").write_bytes(damaged)
     before = snapshot(folder)
     with pytest.raises(lora.AdapterFileError, match=r"run/3 is"):

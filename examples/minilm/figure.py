@@ -21,7 +21,7 @@ def draw(file: Path, frozen: Run, runs: Sequence[Run]) -> None:
     for run, color in zip(runs, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False):
         steps = np.arange(1, len(run.losses) + 1)
         left.plot(steps, run.losses, color=color, alpha=0.25)
-        left.plot(steps, _smooth(run.losses), color=color, label=run.name)
+        left.plot(steps, smooth(run.losses), color=color, label=run.name)
         accuracies = {0: frozen.last, **run.validation}
         label = f"{run.name} (test {run.test:.1%})"
         right.plot(list(accuracies), list(accuracies.values()), "o-", color=color, label=label)
@@ -37,6 +37,6 @@ def draw(file: Path, frozen: Run, runs: Sequence[Run]) -> None:
     plt.close(figure)
 
 
-def _smooth(losses: Sequence[float]) -> list[float]:
+def smooth(losses: Sequence[float]) -> list[float]:
     """The mean of the last `SMOOTHING` values, at each step."""
     return [float(np.mean(losses[max(0, i - SMOOTHING) : i])) for i in range(1, len(losses) + 1)]
