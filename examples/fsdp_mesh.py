@@ -5,9 +5,12 @@ factors are cut as their weights are, by `lora.init`. There are no collectives t
 partitioner puts them in. The task and the model are those of `finetune_minilm.py`.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/fsdp_mesh.py --check
+
+With `--checkpoints FOLDER` it saves as it goes, and a run that was killed goes on where it was, on
+other devices too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
@@ -16,11 +19,15 @@ from minilm.data import Split
 from minilm.parallel import Job, Pytree, parse_options, prepare, report
 from minilm.training import cross_entropy
 
+import lorax_fn as lora
+
+SAVING = 10  # steps from one checkpoint to the next
+
 
 def main(arguments: Sequence[str] | None = None) -> dict:
     """Returns the losses, the accuracy, and of a check the largest difference of a loss."""
     mesh = make_mesh()
-    options = parse_options(__doc__, arguments)
+    options = parse_options(__doc__, arguments, resumable=True)
     job = prepare(options, lambda params: jax.device_put(params, shardings(mesh, params)))
     return report(job, *train(job, mesh))
 
@@ -47,8 +54,10 @@ def shardings(mesh: Mesh, params: Pytree) -> Pytree:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def train(job: Job, mesh: Mesh) -> tuple[Pytree, list[float]]:
-    """The factors after the last step, and each step's loss."""
+def train(
+    job: Job, mesh: Mesh, place: Callable[[Split], Split] | None = None
+) -> tuple[Pytree, list[float]]:
+    """The factors after the last step, and each step's loss; `place` puts a batch on the mesh."""
     apply, tx = job.apply, job.tx
 
     @jax.jit
@@ -60,12 +69,17 @@ def train(job: Job, mesh: Mesh) -> tuple[Pytree, list[float]]:
         updates, state = tx.update(grads, state, factors)
         return optax.apply_updates(factors, updates), state, loss
 
-    factors, losses = job.factors, []
-    state = jax.jit(tx.init)(factors)
-    for batch in job.batches():
-        batch = jax.device_put(batch, NamedSharding(mesh, P(("data", "fsdp"))))
-        factors, state, loss = step(job.variables, factors, state, batch)
+    along = NamedSharding(mesh, P(("data", "fsdp")))
+    place = place or (lambda batch: jax.device_put(batch, along))
+    folder, done, losses = job.options.checkpoints, 0, []
+    factors, state = job.factors, jax.jit(tx.init)(job.factors)
+    if folder:
+        factors, state, done = lora.restore_checkpoint(folder, factors, state)
+    for i, batch in enumerate(job.batches(done), done + 1):
+        factors, state, loss = step(job.variables, factors, state, place(batch))
         losses.append(float(loss))
+        if folder and (i % SAVING == 0 or i == job.options.steps):
+            lora.save_checkpoint(folder, i, factors, state)
     return factors, losses
 
 

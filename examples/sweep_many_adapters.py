@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             model, variables, each[best], trials[best], splits["train"], options
         )
         print(f"the best one alone: max |loss difference| {results['difference']:.1e}")
-    write(options.out, trials, best, stacked, head.last, results)
+    chosen = without_padding(lora.take(stacked, best), each[best])
+    write(options.out, trials, best, chosen, head.last, results)
     return results
 
 
@@ -233,6 +234,11 @@ def difference_from_alone(
     return difference
 
 
+def without_padding(factors: Pytree, like: Pytree) -> Pytree:
+    """The factors cut to the shapes of those that were stacked: padded columns are still zero."""
+    return jax.tree.map(lambda x, own: x[tuple(map(slice, own.shape))], factors, like)
+
+
 def table(trials: Sequence[Trial], best: int) -> str:
     """A line for each trial, the best on validation marked."""
     lines = ["rank   alpha      rate    trained    last loss   validation     test"]
@@ -249,7 +255,7 @@ def write(
     out: Path,
     trials: Sequence[Trial],
     best: int,
-    stacked: Pytree,
+    factors: Pytree,
     frozen: float,
     results: dict[str, Any],
 ) -> None:
@@ -257,7 +263,7 @@ def write(
     draw(out / "sweep.png", trials, best, frozen)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     scale = {"rank": str(trials[best].rank), "alpha": str(trials[best].alpha)}
-    weights.save_tree(out / "best.safetensors", lora.take(stacked, best), scale)
+    weights.save_tree(out / "best.safetensors", factors, scale)
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 

@@ -17,7 +17,9 @@ RULES = [lora.LoRA("w", rank=2, alpha=3), lora.Full("v")]
 
 def make_mesh(*shape):
     devices = jax.devices()[: shape[0] * shape[1]]
-    return jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(
+        shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
 
 
 def start(mesh):

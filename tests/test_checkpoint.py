@@ -111,8 +111,6 @@ def test_the_base_is_not_saved(tmp_path):
     assert 0.8 * trained < written < trained + 20_000 < params["w"].nbytes / 10
 
 
-
-
 # Reads that run beside the one that failed end as tasks that nobody awaits: orbax 0.12.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_truncated_checkpoint_is_refused_by_name(saved):
@@ -187,7 +185,9 @@ def test_a_checkpoint_of_another_run_is_refused(saved, rules, says):
 def test_another_optimiser_is_refused(saved):
     folder, factors, (_, key) = saved
     state = lora.freeze(optax.sgd(1e-3, momentum=0.9)).init(factors), key
-    with pytest.raises(lora.AdapterFileError, match=r"run/3 is of another run: as 'state/.*nothing"):
+    with pytest.raises(
+        lora.AdapterFileError, match=r"run/3 is of another run: as 'state/.*nothing"
+    ):
         lora.restore_checkpoint(folder, factors, state)
 
 

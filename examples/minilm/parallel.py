@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,16 +46,24 @@ class Job:
         """(variables, factors, ids, mask) -> logits (batch, classes)."""
         return lora.wrap(self.model.apply)
 
-    def batches(self) -> Iterator[Split]:
-        """The training batches, with a progress bar."""
+    def batches(self, done: int = 0) -> Iterator[Split]:
+        """The training batches after the first `done`, with a progress bar."""
         options = self.options
         drawn = batches(self.splits["train"], options.steps, options.batch, options.seed)
         name = f"{jax.device_count()} devices"
-        return iter(tqdm(drawn, total=options.steps, desc=name, unit="step"))
+        left = itertools.islice(drawn, done, None)
+        return iter(tqdm(left, initial=done, total=options.steps, desc=name, unit="step"))
 
 
-def parse_options(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options that all of these examples have."""
+def parse_options(
+    description: str,
+    arguments: Sequence[str] | None,
+    *,
+    more: Callable[[Callable[..., Any]], None] | None = None,
+    devices: Callable[[argparse.Namespace], int] | None = None,
+    resumable: bool = False,
+) -> argparse.Namespace:
+    """The options that all of these examples have, and `more`."""
     parser = argparse.ArgumentParser(
         description=description.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -66,9 +76,14 @@ def parse_options(description: str, arguments: Sequence[str] | None) -> argparse
     add("--seed", type=int, default=0, help="draws the factors and the order of the examples")
     add("--limit", type=positive, help="cap the examples of each split, for a quick look")
     add("--check", action="store_true", help="do the same on one device, and compare")
+    if resumable:
+        add("--checkpoints", type=Path, help="folder to save to as it goes, and to resume from")
+    if more:
+        more(add)
     options = parser.parse_args(arguments)
-    if options.batch % jax.device_count():
-        parser.error(f"--batch {options.batch} does not divide among {jax.device_count()} devices")
+    count = devices(options) if devices else jax.device_count()
+    if options.batch % count:
+        parser.error(f"--batch {options.batch} does not divide among {count} devices")
     return options
 
 
@@ -89,8 +104,16 @@ def prepare(
     return Job(options, model, splits, variables, factors, tx)
 
 
-def report(job: Job, trained: Pytree, losses: list[float]) -> dict[str, Any]:
+def report(
+    job: Job, trained: Pytree, losses: list[float], devices: int | None = None
+) -> dict[str, Any]:
     """Prints the test accuracy of the merged model; with `--check`, compares with one device.
+
+    Args:
+        job: what was to do.
+        trained: the factors after the last step.
+        losses: of the steps that were done now, the last ones of the job.
+        devices: how many it ran on; this process's by default.
 
     Returns:
         The losses, the accuracy, and the largest difference of a loss from one device's.
@@ -101,7 +124,7 @@ def report(job: Job, trained: Pytree, losses: list[float]) -> dict[str, Any]:
     results: dict[str, Any] = {"losses": losses}
     results["test"] = accuracy(predict(answer, test, job.options.batch), test.labels)
     print(
-        f"{jax.device_count()} devices; {nbytes(job.variables):,} bytes are frozen, "
+        f"{devices or jax.device_count()} devices; {nbytes(job.variables):,} bytes are frozen, "
         f"{nbytes(job.factors):,} trained; test accuracy {results['test']:.1%}"
     )
     if job.options.check:
@@ -116,7 +139,8 @@ def difference_from_one_device(job: Job, losses: list[float]) -> float:
     options = job.options
     alone = fit("one device", job.apply, *operands, job.tx, job.splits,
                 steps=options.steps, batch=options.batch, seed=options.seed)  # fmt: skip
-    difference = float(np.abs(np.subtract(losses, alone.losses)).max())
+    same_steps = alone.losses[len(alone.losses) - len(losses) :]
+    difference = float(np.abs(np.subtract(losses, same_steps)).max(initial=0.0))
     if not difference <= TOLERANCE:
         raise RuntimeError(f"a loss differs by {difference}, over {TOLERANCE}")
     return difference
