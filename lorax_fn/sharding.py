@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import LoraError
@@ -26,7 +26,8 @@ def shardings(params: Pytree, factors: Pytree) -> Pytree:
 
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s with shardings, or Flax boxes with names of mesh
-            axes (`nn.Partitioned`, NNX variables), whose mesh is their own or the current one.
+            axes (`nn.Partitioned`, NNX variables), whose mesh is their own or the current one;
+            logical names (`nn.LogicallyPartitioned`) go by the rules that are in force.
         factors: what `init` made for them; shapes will do.
 
     Returns:
@@ -38,7 +39,7 @@ def shardings(params: Pytree, factors: Pytree) -> Pytree:
         LoraError: if a weight's axes of the mesh do not exist or do not divide a factor's dim.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
-    >>> from jax.sharding import NamedSharding, PartitionSpec as P
+    >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
     >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
     >>> w = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, P("data", "model")))
     >>> factors = lora.init(jax.random.key(0), {"w": w}, [lora.LoRA("w", rank=2)])
@@ -85,9 +86,11 @@ def place(adapter: Adapter, shardings: Any) -> Adapter:
         return adapter
 
     def put(array: Any, sharding: NamedSharding) -> Any:
-        if isinstance(array, jax.core.Tracer):
-            return jax.lax.with_sharding_constraint(array, sharding)
-        return jax.device_put(array, sharding)
+        if not isinstance(array, jax.core.Tracer):
+            return jax.device_put(array, sharding)
+        explicit = AxisType.Explicit in (sharding.mesh.axis_types or ())
+        constrain = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+        return constrain(array, sharding)
 
     return jax.tree.map(put, adapter, shardings)
 
@@ -98,7 +101,12 @@ def _is_placed(leaf: Any) -> bool:
 
 
 def _of_array(leaf: Any) -> NamedSharding | None:
-    return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+    sharding, mesh = leaf.sharding, compat.current_mesh()
+    if not isinstance(sharding, NamedSharding):
+        return None
+    if isinstance(sharding.mesh, AbstractMesh) and mesh and mesh.abstract_mesh == sharding.mesh:
+        return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+    return sharding
 
 
 def _of_box(path: str, box: Any) -> NamedSharding | None:
@@ -121,11 +129,21 @@ def _of_box(path: str, box: Any) -> NamedSharding | None:
 
 def _spec_of_box(box: Any) -> PartitionSpec | None:
     if hasattr(box, "get_partition_spec"):  # Linen's Partitioned, LogicallyPartitioned
-        return box.get_partition_spec()
+        return _of_logical_names(box) or box.get_partition_spec()
     from flax import nnx
 
     spec = nnx.get_partition_spec(box)
     return getattr(spec, "value", spec)
+
+
+def _of_logical_names(box: Any) -> PartitionSpec | None:
+    """The axes of the mesh that `nn.logical_axis_rules`, or the box's own, give its names."""
+    if not hasattr(box, "rules"):
+        return None
+    import flax.linen as nn
+
+    rules = box.rules or nn.get_logical_axis_rules()
+    return nn.logical_to_mesh_axes(box.names, rules) if rules else None
 
 
 def _check_divides(
