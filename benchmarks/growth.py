@@ -29,11 +29,11 @@ import optax
 import lorax_fn as lora
 from benchmarks.cost import align, machine
 from benchmarks.model import Config, Transformer
-from benchmarks.variants import TARGETS, cross_entropy
+from benchmarks.variants import ALPHA_PER_RANK, TARGETS, cross_entropy
 
 SMOKE = {"layers": [1, 2], "widths": [32], "width": 32, "batch": 2, "length": 8}
 STRUCTURES = {"plain": "unrolled", "scan": "scanned"}
-RANK, ALPHA = 8, 16
+RANK = 8
 COLUMNS = (  # key, unit, digits, the unit's name
     ("trace+lower", 1, 2, "s"),
     ("compile", 1, 1, "s"),
@@ -87,13 +87,15 @@ def measure(options: argparse.Namespace, config: Config) -> dict[str, dict[str, 
     return {name: costs(*made) for name, made in steps(config, tokens).items()}
 
 
-def steps(config: Config, tokens: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """(step, operands) of both, the operands abstract."""
+def steps(
+    config: Config, tokens: Any, targets: str = "every kernel", rank: int = RANK
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """(step, operands) of both, the operands abstract: trained, its state, the base, tokens."""
     model = Transformer(config)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     apply = lambda params, tokens: model.apply({"params": params}, tokens)
     axes = lora.infer_axes(apply, params, tokens)
-    rules = [lora.LoRA(list(TARGETS["every kernel"]), rank=RANK, alpha=ALPHA)]
+    rules = [lora.LoRA(list(TARGETS[targets]), rank=rank, alpha=ALPHA_PER_RANK * rank)]
     factors = jax.eval_shape(
         lambda key: lora.init(key, params, rules, axes=axes), jax.random.key(0)
     )

@@ -20,14 +20,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lorax_fn as lora
 from benchmarks import flops
 from benchmarks.cost import align, machine
+from benchmarks.growth import steps
 from benchmarks.measure import interleaved
-from benchmarks.model import STRUCTURES, Config
-from benchmarks.variants import TARGETS, build
+from benchmarks.model import STRUCTURES, Config, Transformer
+from benchmarks.variants import TARGETS
 
 SMOKE = {"adapters": 2, "layers": 2, "width": 32, "batch": 2, "length": 16, "rounds": 1}
 TOLERANCE = 1e-4  # largest difference between the losses of `together` and `runs`
@@ -77,33 +79,35 @@ def measure(options: argparse.Namespace, targets: str) -> dict[str, dict[str, fl
     """
     n = options.adapters
     config = Config(structure=options.structure, layers=options.layers, width=options.width)
-    shape = {"rank": options.rank, "length": options.length}
-    one = build(config, targets, batch=options.batch, **shape)["lorax_fn"]
-    joint = build(config, targets, batch=n * options.batch, **shape)["lorax_fn"]
-    factors, state, params, _ = one.operands
-    key = jax.random.key(7)
-    tokens = jax.random.randint(key, (n, options.batch, options.length), 0, config.vocabulary)
-    many = jax.vmap(one.step, in_axes=(0, 0, None, 0))
-    stack = lambda tree: jax.tree.map(lambda x: jax.numpy.stack([x] * n), tree)
-    operands = (lora.stack([factors] * n), stack(state), params, tokens)
+    keys = iter(jax.random.split(jax.random.key(0), 3 * n))
+    shape = (n, options.batch, options.length)
+    tokens = jax.random.randint(next(keys), shape, 0, config.vocabulary)
+    step, operands = steps(config, tokens[0], targets, options.rank)["wrapped"]
+    params = jax.jit(Transformer(config).init)(next(keys), tokens[0])["params"]
+    each = [filled(next(keys), operands[0]) for _ in range(n)]
+    states = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operands[1]) for _ in range(n)]
 
+    many = jax.vmap(step, in_axes=(0, 0, None, 0))
+    stacked_states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    operands = (lora.stack(each), stacked_states, params, tokens)
+    runs = [(f, s, params, part) for f, s, part in zip(each, states, tokens, strict=True)]
+    on_all = (*runs[0][:3], tokens.reshape(-1, options.length))
     together = jax.jit(many).lower(*operands).compile()
-    alone = jax.jit(one.step).lower(*one.operands).compile()
-    on_all = jax.jit(joint.step).lower(*joint.operands).compile()
-    runs = [(factors, state, params, part) for part in tokens]
-    losses = [float(alone(*operands)[2]) for operands in runs]
-    if not np.allclose(together(*operands)[2], losses, atol=TOLERANCE):
-        raise ValueError(f"losses together {together(*operands)[2]}, alone {losses}")
+    alone = jax.jit(step).lower(*runs[0]).compile()
+    joint = jax.jit(step).lower(*on_all).compile()
+    losses, wanted = together(*operands)[2], [float(alone(*run)[2]) for run in runs]
+    if not np.allclose(losses, wanted, atol=TOLERANCE):
+        raise ValueError(f"the losses are {losses} together and {wanted} alone.")
 
     seconds = interleaved(
         {
             "together": lambda: together(*operands),
             "runs": lambda: [alone(*run) for run in runs],
-            "joint": lambda: on_all(*joint.operands),
+            "joint": lambda: joint(*on_all),
         },
         options.rounds,
     )
-    programs = {"together": (together, 1), "runs": (alone, n), "joint": (on_all, 1)}
+    programs = {"together": (together, 1), "runs": (alone, n), "joint": (joint, 1)}
     return {
         name: {
             "ms": float(np.median(seconds[name])) * 1e3,
@@ -114,6 +118,14 @@ def measure(options: argparse.Namespace, targets: str) -> dict[str, dict[str, fl
         }
         for name, (program, times) in programs.items()
     }
+
+
+def filled(key: jax.Array, shapes: Any) -> Any:
+    """Random factors, B too, as in the middle of training."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    draw = lambda key, x: 0.03 * jax.random.normal(key, x.shape, x.dtype)
+    return treedef.unflatten(map(draw, keys, leaves))
 
 
 def planned(program: Any) -> int:
