@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("test", "examples", "serve")
+EXTRAS = ("test", "examples", "serve", "checkpoint")
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 requirements = list(project["dependencies"])

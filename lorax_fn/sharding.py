@@ -140,10 +140,10 @@ def _of_logical_names(box: Any) -> PartitionSpec | None:
     """The axes of the mesh that `nn.logical_axis_rules`, or the box's own, give its names."""
     if not hasattr(box, "rules"):
         return None
-    import flax.linen as nn
+    from flax.linen import spmd
 
-    rules = box.rules or nn.get_logical_axis_rules()
-    return nn.logical_to_mesh_axes(box.names, rules) if rules else None
+    rules = box.rules or spmd.get_logical_axis_rules()
+    return spmd.logical_to_mesh_axes(box.names, rules) if rules else None
 
 
 def _check_divides(
