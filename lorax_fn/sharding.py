@@ -140,10 +140,11 @@ def _of_logical_names(box: Any) -> PartitionSpec | None:
     """The axes of the mesh that `nn.logical_axis_rules`, or the box's own, give its names."""
     if not hasattr(box, "rules"):
         return None
-    from flax.linen import spmd
+    from flax.linen import get_logical_axis_rules
+    from flax.linen.spmd import logical_to_mesh_axes
 
-    rules = box.rules or spmd.get_logical_axis_rules()
-    return spmd.logical_to_mesh_axes(box.names, rules) if rules else None
+    rules = box.rules or get_logical_axis_rules()
+    return logical_to_mesh_axes(box.names, rules) if rules else None
 
 
 def _check_divides(
