@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import optax
 
 import lorax_fn as lora
-from benchmarks.cost import align, machine
+from benchmarks.cost import machine
 from benchmarks.model import Config, Transformer
 from benchmarks.variants import ALPHA_PER_RANK, TARGETS, cross_entropy
 
 SMOKE = {"layers": [1, 2], "widths": [32], "width": 32, "batch": 2, "length": 8}
-STRUCTURES = {"plain": "unrolled", "scan": "scanned"}
+STRUCTURES = {"unrolled": "plain", "scanned": "scan"}
 RANK = 8
 COLUMNS = (  # key, unit, digits, the unit's name
     ("trace+lower", 1, 2, "s"),
@@ -46,18 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     report: dict[str, Any] = {"machine": machine(), "options": vars(options) | {"json": None}}
     print("  ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    for structure, name in STRUCTURES.items():
-        depths = {
-            layers: measure(options, Config(structure, layers, options.width))
-            for layers in options.layers
+    for name in options.structures:
+        depths = [Config(STRUCTURES[name], n, options.width) for n in options.layers]
+        widths = [Config(STRUCTURES[name], options.layers[0], n) for n in options.widths]
+        report[name] = {
+            "layers": table(f"{name}, width {options.width}", "layers", depths, options),
+            "width": table(f"{name}, {options.layers[0]} layers", "width", widths, options),
         }
-        widths = {
-            width: measure(options, Config(structure, options.layers[0], width))
-            for width in options.widths
-        }
-        report[name] = {"layers": depths, "width": widths}
-        print(f"\n{name}, width {options.width}\n{render('layers', depths)}")
-        print(f"\n{name}, {options.layers[0]} layers\n{render('width', widths)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -69,6 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES), help="which")
     add("--layers", type=int, nargs="+", default=[4, 8, 16, 32, 64, 96], help="depths")
     add("--widths", type=int, nargs="*", default=[64, 128, 256, 512, 1024], help="widths")
     add("--width", type=int, default=128, help="of the models of growing depth")
@@ -79,6 +75,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if parser.parse_args(arguments).smoke:
         parser.set_defaults(**SMOKE)  # what is given explicitly still counts
     return parser.parse_args(arguments)
+
+
+def table(
+    title: str, name: str, configs: Sequence[Config], options: argparse.Namespace
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Measures each and prints its line at once: the last ones take minutes."""
+    header = [name.rjust(6), *(f"{key} {unit}".rjust(23) for key, _, _, unit in COLUMNS)]
+    print(f"\n{title}\n{'  '.join(header)}", flush=True)
+    rows = {}
+    for config in configs:
+        size = getattr(config, name)
+        rows[size] = measure(options, config)
+        print(f"{size:6d}  {line(rows[size])}", flush=True)
+    return rows
 
 
 def measure(options: argparse.Namespace, config: Config) -> dict[str, dict[str, float]]:
@@ -140,20 +150,13 @@ def costs(step: Callable[..., Any], operands: tuple[Any, ...]) -> dict[str, floa
     }
 
 
-def render(name: str, rows: dict[int, dict[str, dict[str, float]]]) -> str:
-    """A line for each size: of the base, of the wrapped model, and their ratio."""
-    header = [name]
-    for key, _, _, title in COLUMNS:
-        header += [f"{key} {title}: base", "wrapped", ""]
-    lines = [header]
-    for size, row in rows.items():
-        line = [str(size)]
-        for key, unit, digits, _ in COLUMNS:
-            base, wrapped = row["base"][key], row["wrapped"][key]
-            line += [f"{base / unit:.{digits}f}", f"{wrapped / unit:.{digits}f}"]
-            line += [f"{wrapped / base:.2f}×"]
-        lines.append(line)
-    return align(lines)
+def line(row: dict[str, dict[str, float]]) -> str:
+    """Each figure of the base, of the wrapped model, and their ratio."""
+    cells = []
+    for key, unit, digits, _ in COLUMNS:
+        base, wrapped = row["base"][key] / unit, row["wrapped"][key] / unit
+        cells.append(f"{base:7.{digits}f} {wrapped:7.{digits}f} {wrapped / base:6.2f}×")
+    return "  ".join(cells)
 
 
 if __name__ == "__main__":
