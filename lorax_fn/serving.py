@@ -28,6 +28,8 @@ def stack(adapters: Sequence[Pytree]) -> Pytree:
 
     Adapters of different rank are padded with zeros, which stay zero in training. Different scales
     are multiplied into B; a scale that all share stays, so that training goes as it would alone.
+    To train at scales that differ, stack at one scale and multiply B within the loss, by an array
+    with an entry for each adapter: `examples/sweep_many_adapters.py`.
 
     Args:
         adapters: factors that `init` made for the same params with the same targets and kinds.
