@@ -20,7 +20,7 @@ def draw(file: Path, trials: Sequence[Any], best: int, frozen: float) -> None:
     groups = list(dict.fromkeys((t.rank, t.alpha) for t in trials))
     rates = sorted({t.rate for t in trials})
     colors = plt.get_cmap("viridis", len(groups) + 1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     for i, group in enumerate(groups):
         members = sorted((t for t in trials if (t.rank, t.alpha) == group), key=lambda t: t.rate)
         label = f"rank {group[0]}, alpha {group[1]:g}"
@@ -41,8 +41,8 @@ def draw(file: Path, trials: Sequence[Any], best: int, frozen: float) -> None:
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     right.minorticks_off()
     right.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    for axes in (left, right):
-        axes.legend(fontsize="small")
+    for axes in (left, right):  # legends below, where no curve is
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
