@@ -30,6 +30,7 @@ from lorax_fn.errors import (
     TargetError,
 )
 from lorax_fn.init import init
+from lorax_fn.io import load, save
 from lorax_fn.optim import freeze, lora_plus, param_labels, precondition, trainable_mask
 from lorax_fn.report import Report, inspect
 from lorax_fn.serving import stack, take
@@ -65,6 +66,7 @@ __all__ = [
     "infer_axes",
     "init",
     "inspect",
+    "load",
     "lora_plus",
     "merge",
     "orthogonality",
@@ -73,6 +75,7 @@ __all__ = [
     "resize",
     "restore_checkpoint",
     "save_checkpoint",
+    "save",
     "scale",
     "shardings",
     "stack",
