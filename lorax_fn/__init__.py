@@ -30,7 +30,7 @@ from lorax_fn.errors import (
     TargetError,
 )
 from lorax_fn.init import init
-from lorax_fn.io import load, save
+from lorax_fn.io import load, load_peft, save, save_peft
 from lorax_fn.optim import freeze, lora_plus, param_labels, precondition, trainable_mask
 from lorax_fn.report import Report, inspect
 from lorax_fn.serving import stack, take
@@ -67,6 +67,7 @@ __all__ = [
     "init",
     "inspect",
     "load",
+    "load_peft",
     "lora_plus",
     "merge",
     "orthogonality",
@@ -76,6 +77,7 @@ __all__ = [
     "restore_checkpoint",
     "save_checkpoint",
     "save",
+    "save_peft",
     "scale",
     "shardings",
     "stack",

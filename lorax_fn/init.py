@@ -68,7 +68,7 @@ def init(
     """
     key = check_key(key, "key")
     assigned = assign_rules(params, rules)
-    axes_of = _axes_by_path(params, axes)
+    axes_of = axes_by_path(params, axes)
     if apply_fn is not None or batches is not None:
         if apply_fn is None or batches is None:
             missing = "apply_fn" if apply_fn is None else "batches"
@@ -90,7 +90,12 @@ def init(
     return map_with_paths(make, params)
 
 
-def _axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:
+def axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:
+    """The axes that are known, by the leaf's path.
+
+    Raises:
+        StructureError: if axes are not parallel to params, or hold anything else.
+    """
     if axes is None:
         return {}
     treedef: Any = jax.tree.structure(params)

@@ -81,4 +81,4 @@ def fill(outlined: Any, nodes: dict[str, Any], depth: int = 0) -> Any:
 
 def _key(entry: Any) -> str | int:
     key = getattr(entry, "key", None)
-    return key if type(key) in (str, int) else path_str((entry,))
+    return key if isinstance(key, str | int) and type(key) in (str, int) else path_str((entry,))
