@@ -124,10 +124,9 @@ def _from_table(table: Mapping[str, str | Place]) -> Naming:
             found = pattern.fullmatch(path)
             if found is None:
                 continue
-            place = _place(path, leaf, entry)
-            if place is not None and isinstance(place.name, str):
-                place = dataclasses.replace(place, name=found.expand(place.name))
-            return place
+            if isinstance(entry, Place) and isinstance(entry.name, str):
+                return dataclasses.replace(entry, name=found.expand(entry.name))
+            return _place(path, leaf, found.expand(entry) if isinstance(entry, str) else entry)
         return None
 
     return naming
@@ -157,7 +156,9 @@ def _numbered_lengths(path: str, leaf: Any, place: Place, roles: Axes | None) ->
     if roles is not None and roles.ndim != leaf.ndim:
         raise StructureError(f"{path!r} has shape {list(leaf.shape)}, which {roles} do not fit.")
     if roles is not None:
-        batch = roles.batch[: len(roles.batch) - (place.layout == "experts")]
+        batch = roles.batch
+        if place.layout == "experts":
+            batch = batch[: len(batch) - 1 if place.numbered is None else place.numbered]
         return tuple(leaf.shape[d] for d in batch)
     return tuple(leaf.shape[: place.numbered or 0])
 
@@ -168,4 +169,15 @@ def _roles(leaf: Any, place: Place, roles: Axes | None, numbered: int) -> Axes |
         return roles
     if roles is None and leaf.ndim == numbered + 2:
         return Axes(tuple(range(numbered)), (numbered,), (numbered + 1,))
+    if roles is not None and place.layout == "experts" and len(roles.batch) == numbered:
+        return _with_experts(roles, leaf.ndim)
     return roles
+
+
+def _with_experts(roles: Axes, ndim: int) -> Axes:
+    """The first dim that is no layer's made a batch dim, where all experts share their inputs."""
+    first = min(d for d in range(ndim) if d not in roles.batch)
+    contract, out = (tuple(d for d in dims if d != first) for dims in (roles.contract, roles.out))
+    if not contract or not out:  # a single matrix
+        return roles
+    return Axes((*roles.batch, first), contract, out)

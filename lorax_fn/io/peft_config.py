@@ -111,8 +111,7 @@ def read_config(folder: Path) -> PeftConfig:
 def _checked(fields: dict[str, Any]) -> PeftConfig:
     if fields.get("peft_type") != "LORA":
         raise AdapterFileError(
-            f"peft_type is {fields.get('peft_type')!r}; LORA, with its variants rsLoRA and DoRA, is "
-            "what can be read."
+            f"peft_type is {fields.get('peft_type')!r}; wanted LORA, which may be rsLoRA or DoRA."
         )
     for name, value in fields.items():
         if name not in _INERT | _READ and value not in (None, False, [], {}, ""):

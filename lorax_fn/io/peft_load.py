@@ -20,7 +20,7 @@ from lorax_fn.interpreter import wide_dtype
 from lorax_fn.io.layouts import MAGNITUDE, from_peft, tensor_names, torch_shape, weight_from_torch
 from lorax_fn.io.names import Names, Slot, slots_of
 from lorax_fn.io.peft_config import PeftConfig, read_config
-from lorax_fn.io.peft_save import PREFIX, WEIGHTS
+from lorax_fn.io.peft_save import PREFIX, WEIGHTS, check_positions
 from lorax_fn.io.tensors import TensorFile, device_array, open_tensors
 from lorax_fn.paths import leaves_with_paths
 from lorax_fn.targets import nearest_paths
@@ -66,7 +66,7 @@ def load_peft(
     config = read_config(folder)
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise AdapterFileError(
-            f"{folder} holds adapter_model.bin, a pickle, which could run any code: it is not read. "
+            f"{folder} holds adapter_model.bin, a pickle, which could run any code; not read. "
             "Save the adapter again with PEFT's save_pretrained, as safetensors."
         )
     reader = _Reader(open_tensors(folder / WEIGHTS), config, slots_of(params, names, axes))
@@ -138,6 +138,7 @@ class _Reader:
             ),
             key=lambda slot: slot.place.position,
         )
+        check_positions(wrapped)
         inner = len(wrapped) - 1 - module.count(".base_layer")
         if not 0 <= inner < len(wrapped):
             raise self._foreign(tensor, f"{bare}.weight")
@@ -154,8 +155,8 @@ class _Reader:
             if part not in wanted:
                 raise self._error(
                     extra,
-                    f"is unexpected: names give {slot.path!r} the layout {slot.place.layout!r}, and "
-                    f"use_dora is {self.config.use_dora}",
+                    f"is unexpected: names give {slot.path!r} the layout "
+                    f"{slot.place.layout!r}, and use_dora is {self.config.use_dora}",
                 )
         if slot.axes is None:
             raise AxesError(
@@ -205,7 +206,7 @@ class _Reader:
             "dropout": self.config.lora_dropout,
         }
         if self.config.use_dora:
-            fields |= self._magnitudes(slot, pieces, lengths)
+            fields |= self._magnitudes(slot, pieces)
         node = (DoRAFactors if self.config.use_dora else LoRAFactors)(**fields)
         try:
             node.check(slot.path, slot.leaf)
@@ -217,7 +218,6 @@ class _Reader:
         self,
         slot: Slot,
         pieces: dict[tuple[int, ...], tuple[Any, ...]],
-        lengths: tuple[int, ...],
     ) -> dict[str, Any]:
         """The lengths of the outputs, and the norms of the base that they belong to."""
         leaf, axes = self._values(slot), slot.axes
@@ -246,8 +246,8 @@ class _Reader:
             )
             if named and slot.index not in found.get(slot.path, {}):
                 raise AdapterFileError(
-                    f"{self.file.path} lacks the LoRA of {slot.module!r} ({slot.path!r}), which the "
-                    "config targets."
+                    f"{self.file.path} lacks the LoRA of {slot.module!r} ({slot.path!r}), which "
+                    "the config targets."
                 )
             if self.config.saves(slot.module) and slot.name not in self.whole:
                 raise AdapterFileError(

@@ -32,7 +32,7 @@ def save_peft(
     names: Names = None,
     base_model: str | None = None,
 ) -> None:
-    """Writes factors as an adapter of the PyTorch model, for PEFT and all that read its folders.
+    r"""Writes factors as an adapter of the PyTorch model, for PEFT and all that read its folders.
 
     LoRA (with rsLoRA, LoRA-FA, starts of its own, ranks and scales that differ), DoRA, and what
     `Full` trains (PEFT's `modules_to_save`, and the biases of adapted modules) have a form there.
@@ -136,16 +136,11 @@ class _Writer:
         if slot.place.layout != "experts":
             return 0
         siblings = [s for s in self.adapted if s.module == slot.module]
-        if len({s.place.position for s in siblings}) < len(siblings):
-            raise LoraError(
-                f"the parameters {sorted(s.own for s in siblings)} of {slot.module!r} have the same "
-                "position; wanted lorax_fn.io.Place(..., position=) of each, in the order in which "
-                "the module defines them."
-            )
+        check_positions(siblings)
         return sum(s.place.position > slot.place.position for s in siblings)
 
     def _whole(self, tensors: dict[str, np.ndarray]) -> tuple[list[str], bool]:
-        """Adds what is trained whole; returns the modules to save, and whether biases are trained."""
+        """Adds what is trained whole; returns the modules to save, and whether biases are."""
         adapted = {slot.module for slot in self.adapted}
         saved: dict[str, None] = {}
         biases = False
@@ -157,7 +152,7 @@ class _Writer:
                 biases = True
             else:
                 raise LoraError(
-                    f"{slot.path!r} is trained whole and its module {slot.module!r} has a LoRA too; "
+                    f"{slot.path!r} is trained whole, and its module {slot.module!r} has a LoRA; "
                     "PEFT has no form for both."
                 )
         for slot in self.slots.values():
@@ -226,6 +221,16 @@ class _Writer:
         return any(kinds.values())
 
 
+def check_positions(siblings: list[Slot]) -> None:
+    """Raises `LoraError` unless the expert-stacked parameters of one module have an order."""
+    if len({slot.place.position for slot in siblings}) < len(siblings):
+        raise LoraError(
+            f"the parameters {sorted(slot.name for slot in siblings)} of one module have the same "
+            "position; wanted lorax_fn.io.Place(..., position=) of each, in the order in which the "
+            "module defines them."
+        )
+
+
 def _writable(path: str, node: Adapter) -> Any:
     if isinstance(node, LoRAFactors):
         return node.plain()
@@ -244,7 +249,7 @@ def _split(slot: Slot, node: Any) -> Any:
     one for each, and the factor that they share is repeated.
     """
     axes = slot.axes
-    assert_same_dims(slot, node)
+    _check_dims(slot, node)
     for dim in axes.batch if axes is not None else ():
         if dim not in node.axes.batch:
             node = _spread(slot, node, dim)
@@ -278,14 +283,14 @@ def _spread(slot: Slot, node: Any, dim: int) -> Any:
     return dataclasses.replace(node, **changes)
 
 
-def assert_same_dims(slot: Slot, node: Any) -> None:
+def _check_dims(slot: Slot, node: Any) -> None:
     """Raises `LoraError` unless the file's product is one that the factors span."""
     axes = slot.axes
     fits = axes is not None and set(node.axes.batch) <= set(axes.batch)
     fits = fits and set(node.axes.contract) - set(axes.batch) == set(axes.contract)  # type: ignore[union-attr]
     if not fits:
         raise LoraError(
-            f"{slot.path!r} is adapted with {node.axes}, and its parameter {slot.name!r} has {axes}: "
+            f"{slot.path!r} is adapted with {node.axes}, its parameter {slot.name!r} has {axes}: "
             "the factors are not those of its product. Pass names= that fit."
         )
 

@@ -27,8 +27,8 @@ class Place:
             anything that has no product: biases, scales of norms.
         axes: the roles of the leaf's dims, where they are not those that the caller gives. The last
             batch dim of "experts" counts experts and has no "{}".
-        swapped: of "experts": whether PEFT's A faces the outputs. It faces the parameter's last dim,
-            or the middle one if the module has `is_transposed`.
+        swapped: of "experts": whether PEFT's A faces the outputs. It faces the parameter's last
+            dim, or the middle one if the module has `is_transposed`.
         position: of "experts": 0 for the first parameter of its module that is adapted, and so on,
             in the order in which the module defines them.
     """

@@ -56,7 +56,7 @@ def torch(path: str, leaf: Any) -> Place:
     return Place(name, "linear", Axes(contract=(1,), out=(0,)))
 
 
-def tunix(path: str, leaf: Any) -> Place | None:
+def tunix(path: str, _: Any) -> Place | None:
     """tunix's Llama 3, Qwen 2 and 3, Gemma 1 to 3."""
     for pattern, name, layout, axes in _TUNIX:
         found = re.fullmatch(pattern, path)
@@ -65,8 +65,8 @@ def tunix(path: str, leaf: Any) -> Place | None:
     return None
 
 
-def maxtext(path: str, leaf: Any) -> Place | None:
-    """MaxText's decoder layers: "layers" is a scanned stack along dim 1, "layers_3" is one of them."""
+def maxtext(path: str, _: Any) -> Place | None:
+    """MaxText's decoders: "layers" is a scanned stack along dim 1, "layers_3" is one of them."""
     path = path.removeprefix("params/")
     for pattern, name, layout, axes in _MAXTEXT:
         found = re.fullmatch(pattern, path)

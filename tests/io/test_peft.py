@@ -299,7 +299,7 @@ WRONG = {
     ),
     "a saved module without tensors": (
         lambda f: edit(f, modules_to_save=["head"]),
-        r"lacks base_model\.model\.head\.weight",
+        r"lacks base_model\.model\.head\.bias",
     ),
     "one half of a LoRA": (
         lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.lora_B.weight")),
@@ -313,8 +313,10 @@ WRONG = {
         lambda f: edit_tensors(
             f, lambda t: t.update({"base_model.model.layer.7.up.weight": np.ones(2)})
         ),
-        r"'base_model\.model\.layer\.7\.up\.weight' belongs to 'layer\.7\.up\.weight'.*nearest.*"
-        r"layer\.\d\.up\.weight",
+        (
+            r"'base_model\.model\.layer\.7\.up\.weight' belongs to 'layer\.7\.up\.weight'.*nearest.*"
+            r"layer\.\d\.up\.weight"
+        ),
     ),
     "a foreign prefix": (
         lambda f: edit_tensors(f, lambda t: t.update({"transformer.x.weight": np.ones(2)})),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lorax_fn as lora
 
@@ -30,13 +31,13 @@ RULES = {
 
 
 def moved(key, factors):
-    """Factors of the same structure, every entry away from where it started."""
+    """Factors of the same structure, every trained entry away from where it started."""
     leaves, treedef = jax.tree.flatten(factors)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        treedef,
-        [x + jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
-    )
+    trained = jax.tree.leaves(lora.trainable_mask(factors))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    steps = [rng.standard_normal(x.shape) * t for x, t in zip(leaves, trained, strict=True)]
+    moved = [x + jnp.asarray(step, x.dtype) for x, step in zip(leaves, steps, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
 
 
 def params(key):
@@ -59,4 +60,4 @@ def assert_same(got, wanted):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
-        assert bool((a == b).all())
+        assert np.array_equal(a, b)
