@@ -22,6 +22,11 @@ Names = str | Mapping[str, str | Place] | Naming | None
 _LATER = {"down_proj": 1}
 
 
+def position_of(own: str) -> int:
+    """Where a module defines an expert-stacked parameter of this name, among those that it has."""
+    return _LATER.get(own, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """One parameter of the PyTorch model: which part of which leaf it is."""
@@ -89,6 +94,16 @@ def slots_of(
     return slots
 
 
+def check_positions(siblings: list[Slot]) -> None:
+    """Raises `LoraError` unless the expert-stacked parameters of one module have an order."""
+    if len({slot.place.position for slot in siblings}) < len(siblings):
+        raise LoraError(
+            f"the parameters {sorted(slot.name for slot in siblings)} of one module have the same "
+            "position; wanted lorax_fn.io.Place(..., position=) of each, in the order in which the "
+            "module defines them."
+        )
+
+
 def resolve_names(names: Names) -> Naming:
     """The naming that `names` stand for.
 
@@ -147,7 +162,7 @@ def _place(path: str, leaf: Any, entry: Any) -> Place | None:
     if leaf.ndim - entry.count("{}") < 2 or own == "bias":
         return Place(entry, "vector")
     if own != "weight":
-        return Place(entry, "experts", position=_LATER.get(own, 0))
+        return Place(entry, "experts", position=position_of(own))
     return Place(entry, "linear")
 
 

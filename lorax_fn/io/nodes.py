@@ -93,13 +93,13 @@ def check_node(node: Any) -> None:
     }:
         raise AdapterFileError("a LoKr has either `right`, or both a and b.")
     try:
-        shape = _shape_for(node)
+        shape = shape_for(node)
         node.check("", jax.ShapeDtypeStruct(shape, jnp.float32))
     except (LoraError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise AdapterFileError(f"the arrays of a {node.kind} do not fit each other: {e}") from e
 
 
-def _shape_for(node: Any) -> tuple[int, ...]:
+def shape_for(node: Any) -> tuple[int, ...]:
     """The shape of a weight that the node may belong to, read off its arrays."""
     if isinstance(node, LoKrFactors):
         return _kronecker_shape(node)

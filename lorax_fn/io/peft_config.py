@@ -21,6 +21,8 @@ from lorax_fn.errors import AdapterFileError
 from lorax_fn.io.tensors import replacing
 
 FILE = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 LARGEST = 2**20  # bytes
 
 # Fields that change nothing in what the tensors mean, whatever their value.

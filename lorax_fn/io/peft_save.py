@@ -14,14 +14,19 @@ from lorax_fn.adapters import Adapter, DoRAFactors, FullDelta, LoRAFactors
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
 from lorax_fn.io.layouts import MAGNITUDE, tensor_names, to_peft, weight_to_torch
-from lorax_fn.io.names import Names, Slot, slots_of
-from lorax_fn.io.peft_config import PeftConfig, most_common, pattern_of, write_config
+from lorax_fn.io.names import Names, Slot, check_positions, slots_of
+from lorax_fn.io.peft_config import (
+    PREFIX,
+    WEIGHTS,
+    PeftConfig,
+    most_common,
+    pattern_of,
+    write_config,
+)
 from lorax_fn.io.tensors import host_array, write_tensors
 from lorax_fn.pairing import pair
 
 Pytree = Any
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 def save_peft(
@@ -219,16 +224,6 @@ class _Writer:
         if any(kinds.values()) and any(s.place.layout == "experts" for s in self.adapted):
             raise LoraError("PEFT has no DoRA of expert-stacked parameters. Use lora.save.")
         return any(kinds.values())
-
-
-def check_positions(siblings: list[Slot]) -> None:
-    """Raises `LoraError` unless the expert-stacked parameters of one module have an order."""
-    if len({slot.place.position for slot in siblings}) < len(siblings):
-        raise LoraError(
-            f"the parameters {sorted(slot.name for slot in siblings)} of one module have the same "
-            "position; wanted lorax_fn.io.Place(..., position=) of each, in the order in which the "
-            "module defines them."
-        )
 
 
 def _writable(path: str, node: Adapter) -> Any:

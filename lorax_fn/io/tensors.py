@@ -50,24 +50,37 @@ class TensorFile:
     metadata: dict[str, str]
     entries: dict[str, Entry]  # in the order of their data
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor.
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor.
+
+        Raises:
+            AdapterFileError: if it is one that no factor has.
+        """
+        word = self.entries[name].dtype
+        if word not in DTYPES:
+            raise AdapterFileError(
+                f"{self.path}: tensor {name!r} has dtype {word}; wanted one of {', '.join(DTYPES)}."
+            )
+        return DTYPES[word]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """One tensor, or its rows from the first number up to the second.
 
         Raises:
             AdapterFileError: if it has a dtype that no factor has.
         """
-        entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise AdapterFileError(
-                f"{self.path}: tensor {name!r} has dtype {entry.dtype}; wanted one of "
-                f"{', '.join(DTYPES)}."
-            )
+        entry, dtype = self.entries[name], self.dtype(name)
+        start, size, shape = entry.start, entry.size, entry.shape
+        if rows is not None:
+            row = size // shape[0]
+            start, size = start + rows[0] * row, (rows[1] - rows[0]) * row
+            shape = (rows[1] - rows[0], *shape[1:])
         with self.path.open("rb") as file:
-            file.seek(entry.start)
-            data = file.read(entry.size)
-        if len(data) != entry.size:
+            file.seek(start)
+            data = file.read(size)
+        if len(data) != size:
             raise AdapterFileError(f"{self.path} was cut off while it was read.")
-        return np.frombuffer(data, DTYPES[entry.dtype]).reshape(entry.shape)
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def read_finite(self, name: str) -> np.ndarray:
         """One tensor of finite numbers.

@@ -1,0 +1,162 @@
+"""The commands. Exit codes: 0 done, 1 adapters differ or the system failed, 2 bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from lorax_fn.cli.adapters import compare, describe, read_nodes
+from lorax_fn.cli.base import open_base
+from lorax_fn.cli.convert import convert as convert_adapter
+from lorax_fn.cli.merge import merge_files
+from lorax_fn.errors import LoraError
+from lorax_fn.report import aligned
+
+app = typer.Typer(
+    name="lorax-fn",
+    help="LoRA adapters in files: the library's own, and Hugging Face PEFT's folders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Adapter = Annotated[Path, typer.Argument(help="A file of lora.save, or a PEFT folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
+BasePath = Annotated[
+    Path | None,
+    typer.Option("--base", help="The base: a safetensors file, or a folder of shards."),
+]
+
+
+@app.command()
+def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
+    """Show what an adapter holds: kinds, ranks, scales, shapes, sizes."""
+    described = describe(adapter)
+    if as_json:
+        _print_json(described)
+        return
+    rows = [
+        [
+            node["path"],
+            node["kind"],
+            *("" if node[key] is None else f"{node[key]:g}" for key in ("rank", "scale")),
+            " ".join(f"{name}{shape}" for name, shape in node["arrays"].items()),
+            " ".join(node["dtype"]),
+        ]
+        for node in described["nodes"]
+    ]
+    _print(aligned(["path", "kind", "rank", "scale", "arrays", "dtype"], rows))
+    _print(
+        f"{described['format']}, {len(rows)} weights, {described['numbers']:,} numbers, "
+        f"{described['bytes']:,} bytes"
+    )
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of shards.")],
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file or folder to write.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add an adapter into a base, tensor by tensor; a base larger than memory merges.
+
+    A folder whose merge was cut off is gone on with by the same command.
+    """
+
+    @contextlib.contextmanager
+    def progress(total: int) -> Iterator[Any]:
+        off = True if quiet or as_json else None  # None: off where nobody looks
+        with tqdm(total=total, unit="B", unit_scale=True, disable=off) as bar:
+            yield bar
+
+    done = merge_files(base, adapter, out, progress)
+    if as_json:
+        _print_json(done)
+    else:
+        _print(f"{done['out']}: {done['merged']} weights merged, {done['files']} files.")
+
+
+@app.command()
+def convert(
+    source: Adapter,
+    out: Annotated[Path, typer.Argument(help="The folder or file to write, of the other format.")],
+    base: BasePath = None,
+    names: Annotated[
+        str | None,
+        typer.Option(help="How params are called: flax, gpt2, tunix, maxtext or torch."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a PEFT folder to a file, or a file to a PEFT folder.
+
+    Without --names the paths in the file are the parameters' names in PyTorch. DoRA, and modules
+    that were trained whole, need --base.
+    """
+    done = convert_adapter(source, out, None if base is None else open_base(base), names)
+    if as_json:
+        _print_json(done)
+    else:
+        _print(f"{done['out']}: {done['format']}.")
+
+
+@app.command()
+def diff(a: Adapter, b: Adapter, base: BasePath = None, as_json: AsJson = False) -> None:
+    """Compare two adapters, of either format. Exit code 0 if they are the same, 1 if not."""
+    opened = None if base is None else open_base(base)
+    rows = compare(read_nodes(a, opened), read_nodes(b, opened))
+    if as_json:
+        _print_json({"same": not rows, "differences": rows})
+    elif rows:
+        cells = [[row["path"], row["difference"], _details(row)] for row in rows]
+        _print(aligned(["path", "difference", "details"], cells))
+    else:
+        _print("The adapters are the same.")
+    if rows:
+        raise typer.Exit(1)
+
+
+def _details(row: dict[str, Any]) -> str:
+    parts = {**row.get("settings", {}), **row.get("shapes", {})}
+    parts |= {name: f"±{value:.3g}" for name, value in row.get("largest", {}).items()}
+    return ", ".join(f"{name} {value}" for name, value in parts.items())
+
+
+def run() -> int:
+    """Runs the command that was given; returns its exit code, errors said in one line."""
+    try:
+        code = app(standalone_mode=False)
+    except LoraError as e:
+        return _fail(2, str(e))
+    except OSError as e:
+        return _fail(1, f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
+    except typer.Abort:
+        return _fail(130, "stopped.")
+    except Exception as e:
+        message = getattr(e, "format_message", None)  # of click, which typer may bring itself
+        if message is None:
+            raise
+        return _fail(getattr(e, "exit_code", 2), message())
+    return int(code or 0)
+
+
+def _fail(code: int, message: str) -> int:
+    sys.stderr.write(f"lorax-fn: {' '.join(message.split())}\n")
+    return code
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _print_json(value: Any) -> None:
+    _print(json.dumps(value, indent=2))

@@ -1,0 +1,82 @@
+"""Converting adapters between PEFT's folders and the library's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorax_fn.axes import Axes
+from lorax_fn.cli.adapters import as_tree, params_of, read_nodes
+from lorax_fn.cli.base import Base
+from lorax_fn.cli.torch_names import is_conv1d
+from lorax_fn.errors import AdapterFileError
+from lorax_fn.io.names import position_of
+from lorax_fn.io.native import save
+from lorax_fn.io.peft_load import load_peft
+from lorax_fn.io.peft_save import save_peft
+from lorax_fn.io.places import Layout, Naming, Place
+from lorax_fn.io.ready_names import torch
+
+
+def convert(source: Path, out: Path, base: Base | None, names: str | None) -> dict[str, Any]:
+    """Writes the adapter in the other format: a PEFT folder as a file, a file as a PEFT folder.
+
+    Without names, the paths in the file are the parameters' names in PyTorch. With names, they are
+    those of params, which the base's tensors give; from a file to a folder the file itself does.
+
+    Raises:
+        LoraError: if the adapter has no form in the other format, or the base is needed.
+    """
+    if out.exists() and out.is_dir() != (not source.is_dir()):
+        raise AdapterFileError(f"{out} exists, and is not what is to be written.")
+    if source.is_dir():
+        return _to_file(source, out, base, names)
+    return _to_folder(source, out, base, names)
+
+
+def _to_file(source: Path, out: Path, base: Base | None, names: str | None) -> dict[str, Any]:
+    if names is None:
+        tree = nodes = read_nodes(source, base)
+    else:
+        if base is None:
+            raise AdapterFileError(
+                "--names needs --base: the tensors' names are the paths of params."
+            )
+        nodes = base.tensors()
+        tree = load_peft(source, as_tree(nodes), names=names)
+    save(out, tree)
+    return {"out": str(out), "format": "lorax_fn"}
+
+
+def _to_folder(source: Path, out: Path, base: Base | None, names: str | None) -> dict[str, Any]:
+    nodes = read_nodes(source)
+    params = params_of(nodes)
+    if base is not None:
+        tensors = base.tensors()
+        unknown = sorted(set(nodes) - set(tensors))
+        if unknown:
+            raise AdapterFileError(
+                f"{source} adapts {unknown[0]!r}, and the base has no tensor of that name."
+            )
+        params = tensors
+    factors = {path: nodes.get(path) for path in params}
+    save_peft(out, params, factors, names=names or _torch_naming(nodes))
+    return {"out": str(out), "format": "PEFT"}
+
+
+def _torch_naming(nodes: dict[str, Any]) -> Naming:
+    """PyTorch's names; the nodes' axes tell an embedding from a Linear."""
+
+    def naming(path: str, leaf: Any) -> Place:
+        place = torch(path, leaf)
+        axes = getattr(nodes.get(path), "axes", None)
+        if axes == Axes(contract=(0,), out=(1,)):
+            module = path.rpartition(".")[0]
+            layout: Layout = "fan_in_fan_out" if is_conv1d(module) else "embedding"
+            return Place(place.name, layout, axes)
+        if axes is not None and axes.batch:
+            own = path.rpartition(".")[2]
+            return Place(place.name, "experts", axes, position=position_of(own))
+        return place
+
+    return naming

@@ -1,0 +1,162 @@
+"""`lorax-fn inspect`, `convert`, `diff`; help, exit codes, and extras that are missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lorax_fn as lora
+from tests.io.folders import assert_same_folder
+from tests.io.trees import assert_same, moved
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "io" / "peft_fixtures"
+
+
+@pytest.fixture
+def adapter(getkey, tmp_path):
+    params = {"layer": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+    rules = [lora.LoRA(["kernel"], rank=2, alpha=5), lora.Full(r".*/bias")]
+    lora.save(tmp_path / "adapter", moved(getkey(), lora.init(getkey(), params, rules)))
+    return tmp_path / "adapter"
+
+
+def test_inspect_our_own(cli, adapter):
+    done = cli("inspect", adapter)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["path", "kind", "rank", "scale", "arrays", "dtype"]
+    assert "layer/kernel  LoRA  2     2.5    a[6, 2] b[2, 4]  float32" in lines
+    assert lines[-1].startswith("lorax_fn, 2 weights, 24 numbers, ")
+    described = cli("inspect", adapter, "--json").json
+    assert described["nodes"][1]["settings"]["axes"] == {"batch": [], "contract": [0], "out": [1]}
+
+
+def test_inspect_peft(cli):
+    described = cli("inspect", FIXTURES / "llama-patterns", "--json").json
+    nodes = {node["path"]: node for node in described["nodes"]}
+    node = nodes["model.layers.1.self_attn.q_proj"]
+    assert (node["kind"], node["rank"]) == ("LoRA", 4)
+    assert node["arrays"]["lora_A.weight"] == [4, 32]
+    np.testing.assert_allclose(node["scale"], 5 / 2)  # rsLoRA: alpha / √4
+    assert "whole" in {
+        node["kind"] for node in cli("inspect", FIXTURES / "bert", "--json").json["nodes"]
+    }
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-patterns", "gpt2", "vit-lora", "experts"])
+def test_convert_there_and_back(cli, tmp_path, case):
+    """A plain LoRA needs no base: its tensors tell the shapes of the weights."""
+    source = FIXTURES / case
+    if case == "vit-lora":  # of convolutions
+        weights = {"projection": {"kernel": jnp.ones((4, 4, 3, 8))}}
+        rules = [lora.LoRA(["projection"], rank=2, alpha=3, axes=lora.Axes((), (0, 1, 2), (3,)))]
+        source = tmp_path / "source"
+        lora.save_peft(source, weights, lora.init(jax.random.key(0), weights, rules))
+    assert cli("convert", source, tmp_path / "file").code == 0
+    done = cli("convert", tmp_path / "file", tmp_path / "folder")
+    assert (done.code, done.err) == (0, "")
+    assert_same_folder(tmp_path / "folder", source)
+    assert cli("diff", source, tmp_path / "folder").code == 0
+    assert cli("diff", source, tmp_path / "file").code == 0
+
+
+def test_convert_to_the_names_of_params(cli, getkey, tmp_path):
+    """With the base in JAX's layout: the file is what `load` and `load_peft` give."""
+    params = {
+        "model": {"up_proj": {"kernel": jax.random.normal(getkey(), (6, 4)), "bias": jnp.ones(4)}}
+    }
+    rules = [lora.DoRA(["up_proj"], rank=2, alpha=3), lora.Full(r".*/bias")]
+    factors = moved(getkey(), lora.init(getkey(), params, rules))
+    lora.save_peft(tmp_path / "folder", params, factors)
+    flat = {f"model/up_proj/{own}": np.asarray(w) for own, w in params["model"]["up_proj"].items()}
+    safetensors.numpy.save_file(flat, tmp_path / "base.safetensors")
+    base = ("--base", tmp_path / "base.safetensors", "--names", "flax")
+    done = cli("convert", tmp_path / "folder", tmp_path / "file", *base)
+    assert (done.code, done.err) == (0, "")
+    assert_same(lora.load(tmp_path / "file"), lora.load_peft(tmp_path / "folder", params))
+    done = cli("convert", tmp_path / "file", tmp_path / "again", *base)
+    assert (done.code, done.err) == (0, "")
+    assert_same_folder(tmp_path / "again", tmp_path / "folder")
+
+
+def test_convert_says_when_it_needs_the_base(cli, tmp_path):
+    done = cli("convert", FIXTURES / "llama-dora", tmp_path / "file")
+    assert (done.code, "give it, by --base" in done.err) == (2, True)
+    done = cli("convert", FIXTURES / "llama", tmp_path / "file", "--names", "flax")
+    assert (done.code, "--names needs --base" in done.err) == (2, True)
+    assert not (tmp_path / "file").exists()
+
+
+def test_diff(cli, getkey, tmp_path, adapter):
+    same = cli("diff", adapter, adapter)
+    assert (same.code, same.out) == (0, "The adapters are the same.\n")
+    factors = lora.load(adapter)
+    factors["layer"]["kernel"] = jax.tree.map(lambda x: x + 0.5, factors["layer"]["kernel"])
+    lora.save(tmp_path / "other", factors)
+    other = cli("diff", adapter, tmp_path / "other")
+    assert other.code == 1
+    assert "layer/kernel  values      a ±0.5, b ±0.5" in other.out
+    rules = [lora.LoRA(["kernel"], rank=3, alpha=5)]
+    params = {"layer": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+    lora.save(tmp_path / "third", lora.init(getkey(), params, rules))
+    rows = cli("diff", adapter, tmp_path / "third", "--json").json["differences"]
+    assert {row["path"]: row["difference"] for row in rows} == {
+        "layer/bias": "only in A",
+        "layer/kernel": "settings or shapes",
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_two(cli, tmp_path):
+    (tmp_path / "bad").write_bytes(b"no adapter")
+    for words in (
+        ("inspect", tmp_path / "bad"),
+        ("inspect", tmp_path / "absent"),
+        ("inspect", tmp_path),
+        ("inspect",),
+        ("inspect", tmp_path / "bad", "--nonsense"),
+        ("nonsense",),
+        ("diff", tmp_path / "bad", FIXTURES / "llama"),
+        ("convert", tmp_path / "bad", tmp_path / "out"),
+    ):
+        done = cli(*words)
+        assert (done.code, done.out) == (2, ""), words
+        assert done.err.startswith("lorax-fn: ")
+        assert done.err.count("\n") == 1
+
+
+def test_help(cli):
+    done = cli("--help")
+    assert done.code == 0
+    for command in ("inspect", "merge", "convert", "diff"):
+        assert command in done.out
+        described = cli(command, "--help")
+        assert described.code == 0
+        assert "--json" in described.out
+
+
+def run_script(*words, code="from lorax_fn.cli import main; main()"):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+
+
+def test_entry_point(adapter):
+    done = run_script("inspect", adapter)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "layer/kernel" in done.stdout
+
+
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['typer'] = None; from lorax_fn.cli import main; main()"
+    done = run_script("--help", code=code)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "lorax-fn needs the package 'typer', which is not installed: pip install 'lorax-fn[cli]'\n"
+    )
