@@ -46,6 +46,7 @@ def save(path: str | os.PathLike[str], factors: Pytree) -> None:
     Raises:
         StructureError: if factors hold anything but adapter nodes and None.
         LoraError: if an array is not finite, traced, or not on this host.
+        OSError: if the folder is missing or the disk full.
 
     >>> import tempfile, jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
@@ -95,6 +96,14 @@ def load(path: str | os.PathLike[str], params: Pytree | None = None) -> Pytree:
     Raises:
         AdapterFileError: if the file is damaged, foreign, of a later version, or holds factors that
             do not fit params.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lorax_fn as lora
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> factors = lora.init(jax.random.key(0), params, [lora.LoRA("w", rank=2, alpha=4)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save(f"{folder}/adapter.safetensors", factors)
+    ...     lora.load(f"{folder}/adapter.safetensors", params)["w"].b.shape
+    (2, 3)
     """
     file = open_tensors(path)
     content = _content(file)

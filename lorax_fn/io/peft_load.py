@@ -25,7 +25,7 @@ def load_peft(
     names: Names = None,
     axes: Pytree | None = None,
 ) -> Pytree:
-    """Reads an adapter that PEFT, or `save_peft`, wrote.
+    r"""Reads an adapter that PEFT, or `save_peft`, wrote.
 
     Every tensor of the file is used and every module that the config names is found, or the file is
     refused, with the tensor's name. Layers of a stack that the adapter leaves out get zeros, layers
@@ -47,6 +47,16 @@ def load_peft(
         AdapterFileError: if the folder is damaged, of a kind that is not known here, or does not
             fit params.
         AxesError: if the axes of an adapted leaf are unknown.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lorax_fn as lora
+    >>> params = {"h": {"0": {"attn": {"w": jnp.ones((4, 3))}}}}
+    >>> names = {r"h/(\d+)/attn/w": r"model.layers.\1.self_attn.q_proj.weight"}
+    >>> factors = lora.init(jax.random.key(0), params, [lora.LoRA(["attn"], rank=2, alpha=4)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_peft(folder, params, factors, names=names)
+    ...     loaded = lora.load_peft(folder, params, names=names)
+    >>> loaded["h"]["0"]["attn"]["w"].b.shape, loaded["h"]["0"]["attn"]["w"].scale
+    ((2, 3), 2.0)
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -31,6 +31,9 @@ class Place:
             dim, or the middle one if the module has `is_transposed`.
         position: of "experts": 0 for the first parameter of its module that is adapted, and so on,
             in the order in which the module defines them.
+
+    >>> Place("model.layers.{}.mlp.up_proj.weight").slots((2,))[(1,)]
+    'model.layers.1.mlp.up_proj.weight'
     """
 
     name: str | Callable[..., str]

@@ -126,7 +126,11 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 def write_tensors(
     path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file whole or not at all; whatever stood there stays until the end."""
+    """Writes a safetensors file whole or not at all; whatever stood there stays until the end.
+
+    Raises:
+        OSError: if the disk is full, or the folder is missing.
+    """
     names = {dtype: dtype.name for dtype in DTYPES.values()}
     tensors = {
         name: {
@@ -136,8 +140,12 @@ def write_tensors(
         }
         for name, array in arrays.items()
     }
+    safetensors = import_safetensors()
     with replacing(path) as temporary:
-        import_safetensors().serialize_file(tensors, temporary, dict(metadata))
+        try:
+            safetensors.serialize_file(tensors, temporary, dict(metadata))
+        except safetensors.SafetensorError as e:  # what the library makes of the system's errors
+            raise OSError(f"{path} cannot be written: {e}") from e
 
 
 @contextlib.contextmanager

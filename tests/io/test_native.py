@@ -217,6 +217,12 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
     assert bool((delta == delta[0]).all())
 
 
+def test_a_missing_folder_is_the_systems_error(getkey, tmp_path):
+    factors = factors_of(getkey(), "Full")
+    with pytest.raises(OSError, match=r"absent/f cannot be written.*No such file"):
+        lora.save(tmp_path / "absent" / "f", factors)
+
+
 def test_a_symlink_stays_one(getkey, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "f")
