@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,8 +156,8 @@ def _take(rest: dict[str, Any], kind: str, name: str) -> Any:
 
 
 def _scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterFileError(f"a scale is {value!r}; wanted a finite number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise AdapterFileError(f"a scale is {str(value)[:80]}; wanted a finite number.")
     return float(value)
 
 

@@ -24,6 +24,7 @@ FILE = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LARGEST = 2**20  # bytes
+LONGEST_NAME = 256  # letters of a module's name, which patterns are matched against
 
 # Fields that change nothing in what the tensors mean, whatever their value.
 _INERT = {
@@ -128,21 +129,26 @@ def _checked(fields: dict[str, Any]) -> PeftConfig:
             "changed at the start. Save it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
         )
-    rank_pattern = _pattern(fields, "rank_pattern", _rank)
+    targets = _names(fields, "target_modules", may_be_regex=True)
     return PeftConfig(
         r=_rank("r", fields.get("r", 8)),
         lora_alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
-        target_modules=_names(fields, "target_modules", may_be_regex=True),
+        target_modules=targets,
         target_parameters=tuple(_names(fields, "target_parameters")),
         modules_to_save=tuple(_names(fields, "modules_to_save")),
-        rank_pattern=rank_pattern,
+        rank_pattern=_pattern(fields, "rank_pattern", _rank),
         alpha_pattern=_pattern(fields, "alpha_pattern", _number),
         lora_dropout=_dropout(fields.get("lora_dropout", 0.0)),
         bias=_bias(fields.get("bias", "none")),
         use_rslora=_flag(fields, "use_rslora"),
         use_dora=_flag(fields, "use_dora"),
         fan_in_fan_out=_flag(fields, "fan_in_fan_out"),
-        chooses_layers=bool(fields.get("layers_to_transform") or fields.get("exclude_modules")),
+        chooses_layers=bool(
+            fields.get("layers_to_transform")
+            or fields.get("exclude_modules")
+            # A regex for diffusers may be long: then the tensors alone say what is adapted.
+            or (isinstance(targets, str) and not _is_safe(targets))
+        ),
     )
 
 
@@ -183,6 +189,8 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _matching(patterns: Mapping[str, Any], name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise AdapterFileError(f"the name {name[:80]!r}… has {len(name)} letters; it is refused.")
     for pattern in patterns:
         if _compiled(rf"(.*\.)?({pattern})$").match(name):
             return pattern
@@ -196,8 +204,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     Raises:
         AdapterFileError: for such a one, and for what is no regex.
     """
-    repeated_group = re.search(r"\)[*+{]", pattern.removeprefix(r"(.*\.)?("))
-    if len(pattern) > 10_000 or repeated_group or len(re.findall(r"[*+{]", pattern)) > 8:
+    if not _is_safe(pattern):
         raise AdapterFileError(
             f"the pattern {pattern[:80]!r} is too intricate to be run safely; wanted names."
         )
@@ -207,6 +214,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise AdapterFileError(f"the pattern {pattern[:80]!r} is no regex: {e}.") from e
 
 
+def _is_safe(pattern: str) -> bool:
+    """Whether matching a name takes few steps: little is repeated, and nothing within a repeat."""
+    repeats = re.findall(r"[*+{?]", pattern.replace("(?", "("))
+    return len(pattern) <= 10_000 and len(repeats) <= 5 and not re.search(r"\)[*+{]", pattern)
+
+
 def _ends_in(name: str, endings: Iterable[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
@@ -214,7 +227,8 @@ def _ends_in(name: str, endings: Iterable[str]) -> bool:
 def _names(fields: dict[str, Any], key: str, *, may_be_regex: bool = False) -> Any:
     value = fields.get(key)
     if isinstance(value, str) and may_be_regex:
-        _compiled(value)
+        if _is_safe(value):
+            _compiled(value)
         return value
     if value is None:
         return ()
@@ -239,7 +253,7 @@ def _rank(key: str, value: Any) -> int:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise AdapterFileError(f"{key} is {str(value)[:80]}; wanted a finite number.")
     return value
 

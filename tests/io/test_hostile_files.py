@@ -110,7 +110,7 @@ def test_damaged_files_are_refused(originals, tmp_path):
 
 
 HOSTILE = [
-    None, True, False, 0, 1, -1, 2, 7, 1e308, -1e308, 2**40, "", "x", "LoRA", "DoRA", "LoKr", "IA3",
+    None, True, False, 0, 1, -1, 2, 7, 1e308, -1e308, 2**40, 10**400, "", "x", "LoRA", "DoRA", "LoKr", "IA3",
     "Full", "in", [], [0], [0, 0], [-1], [10**9], {}, {"node": "w"}, {"dict": []}, "../../etc/passwd",
     {"batch": [], "contract": [0], "out": [1]}, {"batch": [0], "contract": [1], "out": [2]},
     {"batch": [], "contract": [1], "out": [0]}, "__class__", "__reduce__",

@@ -293,6 +293,11 @@ WRONG = {
         lambda f: edit(f, alpha_pattern={"(a+)+": 2}),
         "too intricate to be run safely",
     ),
+    "a pattern of exponential time": (
+        lambda f: edit(f, rank_pattern={"a?" * 30 + "a" * 30: 2}),
+        "too intricate to be run safely",
+    ),
+    "a number beyond all floats": (lambda f: edit(f, lora_alpha=10**400), "wanted a finite number"),
     "a module without tensors": (
         lambda f: edit(f, target_modules=["up", "head"]),
         r"lacks the LoRA of 'head' \('params/head/kernel'\)",
@@ -372,6 +377,15 @@ def test_load_refuses_by_name(folder, params, case):
     spoil(folder)
     with pytest.raises(lora.AdapterFileError, match=message):
         lora.load_peft(folder, params)
+
+
+def test_a_long_regex_of_targets_is_not_run(folder, params):
+    """Such as diffusers': what the tensors say holds."""
+    before = lora.load_peft(folder, params)
+    edit(
+        folder, target_modules="|".join([r".*up", *(rf".*\.blocks\.{i}\.(a|b)*" for i in range(9))])
+    )
+    assert_same(lora.load_peft(folder, params), before)
 
 
 def test_abstract_params(folder, params, getkey):
