@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 import lorax_fn as lora
 
-# What a process says at its end: the most memory that it held since it was this program.
+# What a process says at its end: its processor time, and the most memory that it held.
 PEAK = """
-import atexit, sys
+import atexit, sys, time
 def peak():
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
-    sys.stderr.write("\\npeak kB: " + fields["VmHWM"].split()[0] + "\\n")
+    sys.stderr.write(f"\\npeak: {time.process_time()} {fields['VmHWM'].split()[0]}\\n")
 atexit.register(peak)
 """
 COPY = """
@@ -106,23 +106,23 @@ def measure(folder: Path, size: Size, rounds: int, peft_python: str | None) -> N
     }
     if peft_python:
         commands["PEFT"] = [peft_python, "-c", PEAK + PEFT, base, adapter, out]
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peaks: dict[str, list[float]] = {name: [] for name in commands}
+    costs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     results = {}
     for _ in tqdm(range(rounds)):
         for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
-            took, peak = run(command)
-            seconds[name].append(took)
-            peaks[name].append(peak)
+            costs[name].append(run(command))
             results[name] = digest(out, shapes)
     print(f"{n_bytes / 1e9:.2f} GB in {len(list(base.glob('*.safetensors')))} files, "
           f"largest tensor {max(map(np.prod, shapes.values())) * 2 / 1e6:.0f} MB")  # fmt: skip
-    print("            seconds    GB/s  peak RSS MB")
-    for name in commands:
-        best = min(seconds[name])
-        print(f"{name:10s}  {best:7.2f}  {n_bytes / best / 1e9:6.2f}  {max(peaks[name]):11.0f}")
+    print("            seconds    GB/s  of a processor  peak RSS MB")
+    for name, rounds_of in costs.items():
+        wall, processor = (min(column) for column in list(zip(*rounds_of, strict=True))[:2])
+        peak = max(cost[2] for cost in rounds_of)
+        print(
+            f"{name:10s}  {wall:7.2f}  {n_bytes / wall / 1e9:6.2f}  {processor:14.2f}  {peak:11.0f}"
+        )
     print("largest difference of lorax_fn's weights")
     for name in sorted(set(results) - {"lorax_fn"}):
         print(f"    from {name}: {compare(results['lorax_fn'], results[name])}")
@@ -183,8 +183,8 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) ->
     lora.save_peft(folder, params, factors, names="torch")
 
 
-def run(command: list) -> tuple[float, float]:
-    """Seconds, and the most memory that the process held, in MB."""
+def run(command: list) -> tuple[float, float, float]:
+    """Seconds, seconds of a processor, and the most memory that the process held, in MB."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
     process = subprocess.run(
@@ -193,7 +193,8 @@ def run(command: list) -> tuple[float, float]:
     took = time.perf_counter() - begin
     if process.returncode:
         raise SystemExit(process.stderr)
-    return took, int(process.stderr.rpartition("peak kB: ")[2]) / 1024
+    processor, peak = process.stderr.rpartition("peak: ")[2].split()
+    return took, float(processor), int(peak) / 1024
 
 
 def digest(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -240,7 +240,9 @@ def test_orbax_round_trip_with_metadata(getkey, tmp_path, name):
     with ocp.CheckpointManager(tmp_path, item_names=("factors", "run")) as manager:
         manager.save(7, args=ocp.args.Composite(**args))
         manager.wait_until_finished()
-        shapes = jax.eval_shape(lambda: factors)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), factors
+        )
         restore = ocp.args.Composite(
             factors=ocp.args.StandardRestore(shapes), run=ocp.args.JsonRestore()
         )
