@@ -24,6 +24,7 @@ from lorax_fn.io.tensors import (
     device_array,
     host_array,
     open_tensors,
+    replacing,
     write_tensors,
 )
 from lorax_fn.paths import leaves_with_paths
@@ -78,7 +79,8 @@ def save(path: str | os.PathLike[str], factors: Pytree) -> None:
         "content": content,
         "checksum": checksum(content, arrays),
     }
-    write_tensors(path, arrays, metadata)
+    with replacing(path) as temporary:
+        write_tensors(temporary, arrays, metadata)
 
 
 def load(path: str | os.PathLike[str], params: Pytree | None = None) -> Pytree:

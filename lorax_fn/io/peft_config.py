@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lorax_fn.errors import AdapterFileError
-from lorax_fn.io.tensors import replacing
 
-FILE = "adapter_config.json"
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LARGEST = 2**20  # bytes
@@ -94,7 +93,7 @@ def read_config(folder: Path) -> PeftConfig:
     Raises:
         AdapterFileError: if there is none, or it asks for what is not known here.
     """
-    path = folder / FILE
+    path = folder / CONFIG
     try:
         if path.stat().st_size > LARGEST:
             raise AdapterFileError(f"{path} is above {LARGEST} bytes; it is refused unread.")
@@ -152,7 +151,7 @@ def _checked(fields: dict[str, Any]) -> PeftConfig:
     )
 
 
-def write_config(folder: Path, config: PeftConfig, base_model: str | None) -> None:
+def write_config(path: Path, config: PeftConfig, base_model: str | None) -> None:
     """Writes a config that PEFT, and what reads its folders, takes."""
     fields = {
         "peft_type": "LORA",
@@ -168,8 +167,7 @@ def write_config(folder: Path, config: PeftConfig, base_model: str | None) -> No
         "target_parameters": config.target_parameters or None,
         "modules_to_save": config.modules_to_save or None,
     }
-    with replacing(folder / FILE) as temporary:
-        temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def most_common(values: Iterable[Any]) -> Any:

@@ -16,6 +16,7 @@ from lorax_fn.errors import LoraError
 from lorax_fn.io.layouts import MAGNITUDE, tensor_names, to_peft, weight_to_torch
 from lorax_fn.io.names import Names, Slot, check_positions, slots_of
 from lorax_fn.io.peft_config import (
+    CONFIG,
     PREFIX,
     WEIGHTS,
     PeftConfig,
@@ -23,7 +24,7 @@ from lorax_fn.io.peft_config import (
     pattern_of,
     write_config,
 )
-from lorax_fn.io.tensors import host_array, write_tensors
+from lorax_fn.io.tensors import host_array, replacing, write_tensors
 from lorax_fn.pairing import pair
 
 Pytree = Any
@@ -80,8 +81,10 @@ def save_peft(
     tensors, config = writer.written()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_config(folder, config, base_model)
+    # Both are on disk before either has its name.
+    with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as described:
+        write_tensors(weights, tensors, {"format": "pt"})
+        write_config(described, config, base_model)
 
 
 class _Writer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -126,7 +127,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 def write_tensors(
     path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file whole or not at all; whatever stood there stays until the end.
+    """Writes a safetensors file; to be called on a path that `replacing` gave.
 
     Raises:
         OSError: if the disk is full, or the folder is missing.
@@ -141,17 +142,21 @@ def write_tensors(
         for name, array in arrays.items()
     }
     safetensors = import_safetensors()
-    with replacing(path) as temporary:
-        try:
-            safetensors.serialize_file(tensors, temporary, dict(metadata))
-        except safetensors.SafetensorError as e:  # what the library makes of the system's errors
-            raise OSError(f"{path} cannot be written: {e}") from e
+    try:
+        safetensors.serialize_file(tensors, path, dict(metadata))
+    except safetensors.SafetensorError as e:  # what the library makes of the system's errors
+        raise OSError(f"{path} cannot be written: {e}") from e
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path beside this one to write to, and moves it here if nothing is raised."""
+    """Yields a path beside this one to write to, and moves it here if nothing is raised.
+
+    Whatever stood here stays until the new file is on disk.
+    """
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary

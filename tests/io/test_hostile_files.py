@@ -13,7 +13,7 @@ import lorax_fn as lora
 from lorax_fn.io.native import checksum
 from tests.io.trees import RULES, assert_same, factors_of
 
-N_DAMAGED, N_FORGED = 1500, 1500
+N_DAMAGED, N_FORGED = 1200, 1000
 
 
 @pytest.fixture(scope="module")
