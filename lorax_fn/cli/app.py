@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lorax_fn.cli.adapters import compare, describe, read_nodes
 from lorax_fn.cli.base import open_base
+from lorax_fn.cli.combine import combine_files
 from lorax_fn.cli.convert import convert as convert_adapter
 from lorax_fn.cli.merge import merge_files
 from lorax_fn.errors import LoraError
@@ -123,6 +124,33 @@ def diff(a: Adapter, b: Adapter, base: BasePath = None, as_json: AsJson = False)
         _print("The adapters are the same.")
     if rows:
         raise typer.Exit(1)
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="Files, or PEFT folders, of one base.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write, in the same format.")],
+    weights: Annotated[
+        list[float] | None,
+        typer.Option("--weight", "-w", help="One for each adapter, in order. Default: the mean."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="cat (exact), svd, linear, ties, dare_linear, … as PEFT calls them.")
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Of the result, for svd methods.")] = None,
+    density: Annotated[float | None, typer.Option(help="The share of entries to keep.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For dare methods.")] = None,
+    base: BasePath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one adapter of several, weighted."""
+    opened = None if base is None else open_base(base)
+    options = {"method": method, "rank": rank, "density": density, "seed": seed}
+    done = combine_files(adapters, out, weights or [], opened, **options)
+    if as_json:
+        _print_json(done)
+    else:
+        _print(f"{done['out']}: {len(adapters)} adapters combined by {method}.")
 
 
 def _details(row: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ def convert(source: Path, out: Path, base: Base | None, names: str | None) -> di
         raise AdapterFileError(f"{out} exists, and is not what is to be written.")
     if source.is_dir():
         return _to_file(source, out, base, names)
-    return _to_folder(source, out, base, names)
+    write_folder(out, read_nodes(source), base, names)
+    return {"out": str(out), "format": "PEFT"}
 
 
 def _to_file(source: Path, out: Path, base: Base | None, names: str | None) -> dict[str, Any]:
@@ -48,20 +49,19 @@ def _to_file(source: Path, out: Path, base: Base | None, names: str | None) -> d
     return {"out": str(out), "format": "lorax_fn"}
 
 
-def _to_folder(source: Path, out: Path, base: Base | None, names: str | None) -> dict[str, Any]:
-    nodes = read_nodes(source)
+def write_folder(out: Path, nodes: dict[str, Any], base: Base | None, names: str | None) -> None:
+    """Writes nodes as a PEFT folder; where there is no base, they tell the shapes themselves."""
     params = params_of(nodes)
     if base is not None:
         tensors = base.tensors()
         unknown = sorted(set(nodes) - set(tensors))
         if unknown:
             raise AdapterFileError(
-                f"{source} adapts {unknown[0]!r}, and the base has no tensor of that name."
+                f"the adapter changes {unknown[0]!r}, and the base has no tensor of that name."
             )
         params = tensors
     factors = {path: nodes.get(path) for path in params}
     save_peft(out, params, factors, names=names or _torch_naming(nodes))
-    return {"out": str(out), "format": "PEFT"}
 
 
 def _torch_naming(nodes: dict[str, Any]) -> Naming:

@@ -113,6 +113,60 @@ def test_diff(cli, getkey, tmp_path, adapter):
     }
 
 
+def test_combine_our_own(cli, getkey, tmp_path):
+    params = {"layer": {"kernel": jax.random.normal(getkey(), (6, 4)), "bias": jnp.ones(4)}}
+    each = [
+        moved(getkey(), lora.init(getkey(), params, [lora.LoRA(["kernel"], rank=r, alpha=3)]))
+        for r in (1, 2)
+    ]
+    for name, factors in zip("ab", each, strict=True):
+        lora.save(tmp_path / name, factors)
+    files = (tmp_path / "a", tmp_path / "b")
+    done = cli("combine", *files, "-o", tmp_path / "c", "-w", 0.75, "-w", -2)
+    assert (done.code, done.err) == (0, "")
+    change = sum(
+        w * (lora.merge(params, f)["layer"]["kernel"] - params["layer"]["kernel"])
+        for w, f in zip((0.75, -2), each, strict=True)
+    )
+    merged = lora.merge(params, lora.load(tmp_path / "c"))["layer"]["kernel"]
+    np.testing.assert_allclose(merged, params["layer"]["kernel"] + change, atol=1e-5)
+
+    done = cli("combine", *files, "-o", tmp_path / "d", "-w", 1)
+    assert (done.code, "1 weights and 2 adapters" in done.err) == (2, True)
+    done = cli("combine", *files, "-o", tmp_path / "d", "--method", "ties")
+    assert (done.code, "density" in done.err) == (2, True)
+    done = cli("combine", *files, FIXTURES / "llama", "-o", tmp_path / "d")
+    assert (done.code, "are mixed" in done.err) == (2, True)
+    assert not (tmp_path / "d").exists()
+
+
+def test_combine_folders_of_peft(cli, tmp_path):
+    """The mean of an adapter and itself is itself; of ranks that differ, the sum."""
+    out = tmp_path / "out"
+    case = FIXTURES / "llama-patterns"
+    options = ("--method", "svd", "--rank", 4)
+    assert cli("combine", case, case, "-o", out, *options).code == 0
+    with_base = torch_base(case)
+    merged = [
+        lora.merge(with_base, lora.load_peft(f, with_base, names="torch")) for f in (case, out)
+    ]
+    for name, wanted in merged[0].items():
+        np.testing.assert_allclose(merged[1][name], wanted, atol=1e-4)
+
+
+def torch_base(folder):
+    """Weights of the shapes that the adapter's tensors tell."""
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix).replace("lora_A.", ""): np.zeros(
+            (tensors[name.replace("lora_A", "lora_B")].shape[0], a.shape[1]), np.float32
+        )
+        for name, a in tensors.items()
+        if "lora_A" in name
+    }
+
+
 def test_bad_input_is_one_line_and_exit_code_two(cli, tmp_path):
     (tmp_path / "bad").write_bytes(b"no adapter")
     for words in (
@@ -134,7 +188,7 @@ def test_bad_input_is_one_line_and_exit_code_two(cli, tmp_path):
 def test_help(cli):
     done = cli("--help")
     assert done.code == 0
-    for command in ("inspect", "merge", "convert", "diff"):
+    for command in ("inspect", "merge", "convert", "diff", "combine"):
         assert command in done.out
         described = cli(command, "--help")
         assert described.code == 0
