@@ -222,6 +222,8 @@ def _begin(out: Path, base: Base, adapter: Path) -> None:
                 f"{out} holds an unfinished merge of other files; wanted another folder, or this "
                 "one removed."
             )
+        for half in out.glob(".*.tmp"):  # of a run that was killed
+            half.unlink()
         return
     if any(out.iterdir()):
         raise AdapterFileError(f"{out} is not empty; wanted a new folder.")
