@@ -27,7 +27,7 @@ from lorax_fn.io.tensors import TensorFile, replacing
 from lorax_fn.transform import merge
 
 STATE = ".lorax-fn-merge.json"
-BLOCK = 16 * 2**20  # bytes of a tensor that are merged at a time
+BLOCK = 4 * 2**20  # bytes of a tensor that are merged at a time
 COPIED = {".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken", ""}
 Advance = Callable[[int], Any]
 

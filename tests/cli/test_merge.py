@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -289,6 +291,35 @@ def test_without_help_of_the_kernel_bytes_are_copied_all_the_same(
     np.testing.assert_array_equal(
         read_all(tmp_path / "out")["blocks.1.up.bias"], stack_weights()["blocks.1.up.bias"]
     )
+
+
+PEAK = """
+import sys
+from lorax_fn.cli import main
+try:
+    main()
+finally:
+    with open("/proc/self/status") as file:
+        print(dict(line.split(":", 1) for line in file)["VmHWM"].split()[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells peaks on Linux alone")
+def test_memory_does_not_grow_with_the_base(getkey, tmp_path):
+    """240 MB in three tensors, merged in less than half of that beyond what a tiny base takes."""
+    peaks = []
+    for rows in (100, 40_000):
+        base = {f"layer{i}/kernel": np.zeros((rows, 500), np.float32) for i in range(3)}
+        rules = [lora.LoRA(["kernel"], rank=2, alpha=3)]
+        lora.save(tmp_path / "adapter", moved(getkey(), lora.init(getkey(), base, rules)))
+        safetensors.numpy.save_file(base, tmp_path / "base")
+        words = ["merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / f"out{rows}"]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", PEAK, *map(str, words)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+        peaks.append(int(done.stdout.split()[-1]) * 1024)
+    assert (tmp_path / "out40000").stat().st_size > 240_000_000
+    assert peaks[1] - peaks[0] < 110_000_000
 
 
 def test_integers_are_copied(cli, tmp_path):
