@@ -10,7 +10,8 @@ added and removed while requests run; nothing compiles, and no request is lost.
 
     python examples/serve.py --load-test 2000       # asks itself, and prints what came of it
 
-It listens on the loopback interface and knows no users: put what does in front of it.
+Needs what `finetune_minilm.py` needs, and `pip install '.[serve]'`. It listens on the loopback
+interface and knows no users: put what does in front of it.
 """
 
 import argparse
