@@ -55,7 +55,7 @@ def save_peft(
         factors: what `init` made for params, trained or not.
         names: how leaves are called in the PyTorch model: "flax" (the default), "gpt2", "tunix",
             "maxtext" or "torch" (see `lorax_fn.io.ready_names`); a table from regexes of paths to
-            names, {r"blocks/(\\d+)/up/w": r"model.layers.\\1.mlp.up_proj.weight"}; or a function
+            names, {r"blocks/(\d+)/up/w": r"model.layers.\1.mlp.up_proj.weight"}; or a function
             (path, leaf) -> name. In place of a name stands a `lorax_fn.io.Place` where the layout
             is no Linear's.
         base_model: the name or folder of the PyTorch model, for the config.
