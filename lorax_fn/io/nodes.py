@@ -70,7 +70,7 @@ def make_node(kind: Any, settings: Any, arrays: Mapping[str, Any]) -> Adapter:
         raise AdapterFileError(
             f"a {kind} has the settings {sorted(settings)}; wanted {sorted(static)}."
         )
-    values: dict[str, Any] = {name: _SETTINGS[name](settings[name]) for name in static}
+    values: dict[str, Any] = {name: SETTINGS[name](settings[name]) for name in static}
     rest = dict(arrays)
     for field in fields:
         if field.name not in static:
@@ -202,7 +202,7 @@ def _axes(value: Any) -> Axes:
         raise AdapterFileError(str(e)) from e
 
 
-_SETTINGS: dict[str, Callable[[Any], Any]] = {
+SETTINGS: dict[str, Callable[[Any], Any]] = {
     "scale": _scale,
     "dropout": _probability,
     "freeze_a": _flag,

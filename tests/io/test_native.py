@@ -1,5 +1,6 @@
 """`save` and `load`: what goes out comes back, whole or not at all."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from flax import nnx
 
 import lorax_fn as lora
 from lorax_fn.adapters import is_adapter
+from lorax_fn.io.nodes import KINDS, SETTINGS
 from lorax_fn.paths import leaves_with_paths
 from tests.io.trees import RULES, assert_same, factors_of, moved
 
@@ -29,6 +31,17 @@ def test_every_kind_comes_back(getkey, tmp_path, name):
     factors = factors_of(getkey(), name)
     lora.save(tmp_path / "f", factors)
     assert_same(lora.load(tmp_path / "f"), factors)
+
+
+def test_every_kind_has_a_form_in_files():
+    """A new kind, or a new setting of one, is to be taught to `nodes.py`."""
+    kinds = [c for c in vars(lora.adapters).values() if isinstance(c, type) and hasattr(c, "kind")]
+    assert len(kinds) >= 9
+    for cls in kinds:
+        assert KINDS[cls.kind] is cls
+        settings = {f.name for f in dataclasses.fields(cls) if f.metadata.get("static")}
+        assert settings <= set(SETTINGS)
+    assert {rule.__class__.__name__ for rule in RULES.values()} == set(KINDS)
 
 
 def test_tree_comes_back_with_its_containers(getkey, tmp_path):
