@@ -32,6 +32,7 @@ from lorax_fn.errors import (
 from lorax_fn.init import init
 from lorax_fn.io import load, load_peft, save, save_peft
 from lorax_fn.optim import freeze, lora_plus, param_labels, precondition, trainable_mask
+from lorax_fn.quantize import quantization_error, quantize
 from lorax_fn.report import Report, inspect
 from lorax_fn.serving import stack, take
 from lorax_fn.sharding import shardings
@@ -79,6 +80,8 @@ __all__ = [
     "save_checkpoint",
     "save_peft",
     "scale",
+    "quantization_error",
+    "quantize",
     "shardings",
     "stack",
     "subtract",

@@ -16,6 +16,7 @@ import jax
 from lorax_fn.axes_flow import Analysis, Kind, Use, Value, leaf_value
 from lorax_fn.axes_rules import rule_for
 from lorax_fn.errors import AxesError
+from lorax_fn.leaves import flatten
 from lorax_fn.tracing import is_array, trace
 
 Pytree = Any
@@ -88,7 +89,7 @@ def infer_axes(
     data = [Value(_kind_of_argument(leaf)) for leaf in traced.arg_leaves]
     analysis.run(traced.jaxpr, [*weights, *data])
 
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = flatten(params)
     axes: list[Axes | None] = [None] * len(leaves)
     for i, slot in enumerate(traced.param_slots):
         uses = [use for use in analysis.uses if use.leaf == i]

@@ -15,6 +15,7 @@ from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
 from lorax_fn.evaluate import evaluate
 from lorax_fn.keys import fold_path
+from lorax_fn.leaves import as_array
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 from lorax_fn.tracing import check_function, is_array
 
@@ -42,7 +43,9 @@ def calibrate(
             function returns nothing that can be differentiated, or a weight sees no data.
     """
     check_function(apply_fn)
-    leaves = {path: leaf for path, leaf in leaves_with_paths(params) if path in rules}
+    leaves = {
+        path: as_array(leaf) for path, leaf in leaves_with_paths(params) if path in rules
+    }
     probes: Probes = {}
     for path, rule in rules.items():
         own_key, leaf = fold_path(key, path), leaves[path]

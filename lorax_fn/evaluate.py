@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_fn.errors import StructureError
-from lorax_fn.interpreter import Context, Event, compat, interpret
+from lorax_fn.interpreter import Context, Event, Quantized, Weight, compat, interpret
 from lorax_fn.keys import fold_path
+from lorax_fn.leaves import check_installed, is_quantized
 from lorax_fn.pairing import pair
 from lorax_fn.tracing import trace
 
@@ -36,9 +37,12 @@ def evaluate(
     weights = []
     for slot, leaf in zip(traced.param_slots, traced.param_leaves, strict=True):
         path, _, adapter = pairs[slot]
-        frozen = _frozen(leaf)
+        frozen = _frozen(path, leaf)
         own_key = None if key is None else fold_path(key, path)
-        weights.append(frozen if adapter is None else adapter.adapt(frozen, path, own_key))
+        if adapter is not None:
+            weights.append(adapter.adapt(frozen, path, own_key))
+        else:
+            weights.append(Weight(frozen, (), (path,)) if is_quantized(leaf) else frozen)
     results = interpret(ctx, traced.jaxpr, [*weights, *map(jnp.asarray, traced.arg_leaves)])
     return traced.rebuild([ctx.returned(result) for result in results])
 
@@ -54,7 +58,10 @@ def _check_used(jaxpr: Any, n_params: int) -> None:
         )
 
 
-def _frozen(leaf: Any) -> Any:
+def _frozen(path: str, leaf: Any) -> Any:
+    if is_quantized(leaf):
+        check_installed(path)
+        return Quantized(jax.tree.map(lambda part: lax.stop_gradient(jnp.asarray(part)), leaf))
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return lax.stop_gradient(jnp.asarray(leaf))
     return leaf

@@ -12,6 +12,7 @@ from lorax_fn.axes import Axes
 from lorax_fn.calibrate import calibrate
 from lorax_fn.errors import LoraError, StructureError
 from lorax_fn.keys import check_key, fold_path
+from lorax_fn.leaves import as_array, structure
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 from lorax_fn.rules import assign_rules
 from lorax_fn.sharding import leaf_shardings, node_shardings, place
@@ -36,7 +37,8 @@ def init(
 
     Args:
         key: a PRNG key, `jax.random.key(seed)`.
-        params: the pytree that the function takes first; arrays or `ShapeDtypeStruct`s.
+        params: the pytree that the function takes first; arrays or `ShapeDtypeStruct`s, or what
+            `quantize` made of them.
         rules: the first that matches a leaf wins.
         axes: what `infer_axes` returned for params. Without it a leaf of two dims is
             (contract, out), and any other needs its rule's own `axes`.
@@ -84,7 +86,7 @@ def init(
         rule = assigned.get(path)
         if rule is None:
             return None
-        node = rule.make(fold_path(key, path), path, leaf, axes_of.get(path))
+        node = rule.make(fold_path(key, path), path, as_array(leaf), axes_of.get(path))
         return node and place(node, node_shardings(path, node, shardings[path]))
 
     return map_with_paths(make, params)
@@ -98,7 +100,7 @@ def axes_by_path(params: Pytree, axes: Pytree | None) -> dict[str, Axes]:
     """
     if axes is None:
         return {}
-    treedef: Any = jax.tree.structure(params)
+    treedef: Any = structure(params)
     try:
         flat = treedef.flatten_up_to(axes)
     except (ValueError, TypeError) as e:

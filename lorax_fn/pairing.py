@@ -9,6 +9,7 @@ import jax
 
 from lorax_fn.adapters import Adapter, is_adapter
 from lorax_fn.errors import LoraError, StructureError
+from lorax_fn.leaves import structure
 from lorax_fn.paths import leaves_with_paths
 from lorax_fn.tracing import is_array
 
@@ -28,7 +29,7 @@ def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None
             "Wanted (params, factors, …)."
         )
     leaves = leaves_with_paths(params)
-    treedef: Any = jax.tree.structure(params)
+    treedef: Any = structure(params)
     try:
         nodes = treedef.flatten_up_to(factors)
     except (ValueError, TypeError) as e:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from lorax_fn.leaves import is_quantized
+
 Pytree = Any
 
 
@@ -33,7 +35,7 @@ def leaves_with_paths(
     """Returns (path, leaf) for each leaf, in flatten order.
 
     `None` is an empty subtree and has no entry, unless `is_leaf` says that it is a leaf. A tree
-    that is itself a leaf has the path "".
+    that is itself a leaf has the path "". A quantised array is one leaf.
 
     >>> leaves_with_paths({"b": [1, None], "a": 2})
     [('a', 2), ('b/0', 1)]
@@ -59,7 +61,10 @@ def map_with_paths(
 def _flatten(
     tree: Pytree, is_leaf: Callable[[Any], bool] | None
 ) -> tuple[list[str], list[Any], Any]:
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    def whole(node: Any) -> bool:
+        return is_quantized(node) or (is_leaf is not None and is_leaf(node))
+
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, whole)
     inside_box = box_key_paths(tree) if any(map(_ends_in_value, (k for k, _ in keyed))) else {}
     paths = [path_str(k[:-1] if k and k[:-1] in inside_box else k) for k, _ in keyed]
     return paths, [leaf for _, leaf in keyed], treedef

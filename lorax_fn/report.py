@@ -14,6 +14,7 @@ from lorax_fn.axes import Axes
 from lorax_fn.evaluate import evaluate
 from lorax_fn.flops import count_flops
 from lorax_fn.interpreter import Event
+from lorax_fn.leaves import is_quantized, type_name
 from lorax_fn.pairing import pair
 from lorax_fn.tracing import check_function, is_array, trace
 
@@ -27,6 +28,7 @@ class Row:
     Attributes:
         path: the leaf's path.
         shape: its shape.
+        quantized: the type of a quantised leaf ("nf4"), or None.
         kind: the name of the rule that made the adapter.
         rank: r, or None for a kind that has none.
         axes: the roles of its dims, or None.
@@ -37,6 +39,7 @@ class Row:
 
     path: str
     shape: tuple[int, ...]
+    quantized: str | None
     kind: str
     rank: int | None
     axes: Axes | None
@@ -143,14 +146,15 @@ def inspect(
     pairs = pair(params, factors)
     events: dict[Event, None] = {}
     base = trace(apply_fn, params, args, kwargs)
-    adapted = trace(_evaluated(apply_fn, events), (params, factors), args, kwargs)
+    # As arguments: as params the quantised leaves would be floating ones.
+    adapted = trace(_evaluated(apply_fn, events), (), (params, factors, *args), kwargs)
     rows = tuple(
         _row(path, leaf, adapter, [event for event in events if event.path == path])
         for path, leaf, adapter in pairs
         if adapter is not None
     )
     trainable = sum(row.params for row in rows)
-    frozen = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if is_array(leaf))
+    frozen = sum(math.prod(leaf.shape) for _, leaf, _ in pairs if is_array(leaf))
     totals = Totals(
         trainable=trainable,
         frozen=frozen,
@@ -164,9 +168,7 @@ def inspect(
 def _evaluated(apply_fn: Callable[..., Any], events: dict[Event, None]) -> Callable[..., Any]:
     """The adapted function of (params, factors), which notes every event."""
 
-    def run(trees: tuple[Pytree, Pytree], *args: Any, **kwargs: Any) -> Any:
-        params, factors = trees
-
+    def run(_: Any, params: Pytree, factors: Pytree, *args: Any, **kwargs: Any) -> Any:
         def note(event: Event) -> None:
             events[event] = None
 
@@ -180,6 +182,7 @@ def _row(path: str, leaf: Any, adapter: Adapter, events: Sequence[Event]) -> Row
     return Row(
         path=path,
         shape=tuple(leaf.shape),
+        quantized=type_name(leaf.qtype) if is_quantized(leaf) else None,
         kind=adapter.kind,
         rank=getattr(adapter, "rank", None),
         axes=getattr(adapter, "axes", None),
@@ -200,7 +203,7 @@ def _cells(row: Row) -> list[str]:
         form = "unused"
     return [
         row.path,
-        "×".join(map(str, row.shape)),
+        " ".join(["×".join(map(str, row.shape)), *([row.quantized] if row.quantized else [])]),
         row.kind,
         "" if row.rank is None else str(row.rank),
         roles,

@@ -10,7 +10,7 @@ from typing import Any
 from lorax_fn.adapters import Rule
 from lorax_fn.errors import TargetError
 from lorax_fn.paths import leaves_with_paths
-from lorax_fn.targets import compile_targets, describe, is_names, nearest_paths
+from lorax_fn.targets import Targets, compile_targets, describe, is_names, nearest_paths
 from lorax_fn.tracing import is_array
 
 Pytree = Any
@@ -34,7 +34,7 @@ def assign_rules(params: Pytree, rules: Rule | Iterable[Rule]) -> dict[str, Rule
     for i, rule in enumerate(rules):
         matched = [path for path in hits if i in hits[path]]
         if not matched:
-            raise _no_match(rule, list(hits))
+            raise no_match(_name(rule), rule.targets, list(hits))
         if all(hits[path][0] != i for path in matched):
             raise _shadowed(rule, matched[0], rules[hits[matched[0]][0]])
         _warn_of_idle_names(rule, leaves)
@@ -94,11 +94,11 @@ def _name(rule: Rule) -> str:
     return what if rule.exclude is None else f"{what} without {describe(rule.exclude)}"
 
 
-def _no_match(rule: Rule, paths: list[str]) -> TargetError:
-    what = _name(rule)
+def no_match(what: str, targets: Targets, paths: list[str]) -> TargetError:
+    """The error that `what` selects none of the leaves at these paths."""
     if not paths:
         return TargetError(f"{what} matches nothing: params hold no arrays.")
-    nearest = ", ".join(map(repr, nearest_paths(rule.targets, paths)))
+    nearest = ", ".join(map(repr, nearest_paths(targets, paths)))
     return TargetError(
         f"{what} matches none of the {len(paths)} leaves. Nearest paths: {nearest}. A regex has to "
         "match the whole path; names match whole components and never biases or norm scales."

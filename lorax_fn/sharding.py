@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import LoraError
 from lorax_fn.interpreter import compat
+from lorax_fn.leaves import is_quantized, structure
 from lorax_fn.pairing import pair
 from lorax_fn.paths import box_key_paths, leaves_with_paths
 
@@ -51,17 +52,22 @@ def shardings(params: Pytree, factors: Pytree) -> Pytree:
         None if adapter is None else node_shardings(path, adapter, sharding)
         for (path, _, adapter), sharding in zip(pair(params, factors), of_leaf, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(params), nodes)
+    return jax.tree.unflatten(structure(params), nodes)
 
 
 def leaf_shardings(params: Pytree) -> list[NamedSharding | None]:
     """The sharding of each leaf in flatten order, None where it has no known place on a mesh."""
     boxes = box_key_paths(params)
-    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params, is_quantized)
     paths = [path for path, _ in leaves_with_paths(params)]
     return [
-        _of_array(leaf) if _is_placed(leaf) else _of_box(path, boxes.get(key_path[:-1]))
-        for path, (key_path, leaf) in zip(paths, keyed, strict=True)
+        _of_array(array) if _is_placed(array) else _of_box(path, boxes.get(key_path[:-1]))
+        for path, key_path, array in zip(
+            paths,
+            [key_path for key_path, _ in keyed],
+            [leaf.qvalue if is_quantized(leaf) else leaf for _, leaf in keyed],
+            strict=True,
+        )
     ]
 
 

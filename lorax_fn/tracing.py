@@ -16,6 +16,7 @@ from jax.extend import core as jax_core
 
 from lorax_fn.errors import LoraError, StructureError
 from lorax_fn.interpreter import compat
+from lorax_fn.leaves import as_shape, is_quantized
 
 Pytree = Any
 
@@ -42,9 +43,10 @@ class Traced:
 
     Attributes:
         jaxpr: closed jaxpr without dead code; its inputs are `param_leaves`, then `arg_leaves`.
-        param_leaves: the array leaves of `params`, in flatten order.
-        param_slots: for each of these, its position among all leaves of `params`
-            (`jax.tree.leaves(params)`), static ones included.
+        param_leaves: the array leaves of `params`, in flatten order. A quantised one is one leaf, and
+            one input of the jaxpr, of the shape and dtype of the floating weight.
+        param_slots: for each of these, its position among all leaves of `params`, static ones
+            included.
         arg_leaves: the array leaves of `(args, kwargs)`, in flatten order.
         rebuild: from the jaxpr's flat outputs to what `apply_fn` returned.
     """
@@ -72,7 +74,7 @@ def trace(
     (Array([2., 2., 2.], dtype=float32), True)
     """
     check_function(apply_fn)
-    param_leaves, param_slots, fill_params = partition(params, is_array)
+    param_leaves, param_slots, fill_params = partition(params, is_array, is_quantized)
     arg_leaves, _, fill_args = partition((tuple(args), dict(kwargs)), is_array)
     fill_outputs: list[Callable[[Sequence[Any]], Pytree]] = []
 
@@ -84,7 +86,8 @@ def trace(
         return computed
 
     try:
-        jaxpr = compat.prune(jax.make_jaxpr(flat)(*param_leaves, *arg_leaves))
+        shapes = map(as_shape, param_leaves)
+        jaxpr = compat.prune(jax.make_jaxpr(flat)(*shapes, *arg_leaves))
     except _MISUSE as e:
         if _takes_params_second(apply_fn, params, args, kwargs):
             raise StructureError(
@@ -115,24 +118,25 @@ def _takes_params_second(
     """Whether the function traces with its first two arguments exchanged."""
     if not args:
         return False
-    arrays, _, fill = partition((args[0], params, tuple(args[1:]), dict(kwargs)), is_array)
+    call = (args[0], params, tuple(args[1:]), dict(kwargs))
+    arrays, _, fill = partition(call, is_array, is_quantized)
 
     def exchanged(*arrays: Any) -> None:
         first, second, rest, kwargs = fill(arrays)
         apply_fn(first, second, *rest, **kwargs)
 
     try:
-        jax.make_jaxpr(exchanged)(*arrays)
+        jax.make_jaxpr(exchanged)(*map(as_shape, arrays))
     except Exception:  # noqa: BLE001 (whatever it is, the first call's error is the one to report)
         return False
     return True
 
 
 def partition(
-    tree: Pytree, traced: Callable[[Any], bool]
+    tree: Pytree, traced: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[Any], tuple[int, ...], Callable[[Sequence[Any]], Pytree]]:
     """Splits off the traced leaves: (leaves, their positions, a function that puts others back)."""
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf)
     slots = tuple(i for i, leaf in enumerate(leaves) if traced(leaf))
     static = list(leaves)
     for i in slots:

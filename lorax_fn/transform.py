@@ -14,8 +14,9 @@ import numpy as np
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import DenseWarning, LoraError
 from lorax_fn.evaluate import evaluate
-from lorax_fn.interpreter import Event, Weight
+from lorax_fn.interpreter import Event, Weight, dequantize
 from lorax_fn.keys import check_key
+from lorax_fn.leaves import check_installed, is_quantized, structure
 from lorax_fn.pairing import pair
 from lorax_fn.tracing import check_function
 
@@ -83,6 +84,9 @@ def wrap(
 
 
 def _added_up(event: Event) -> str:
+    if not event.adapted:
+        where = event.primitive if event.primitive == "return" else f"{event.primitive} at {event.source}"
+        return f"{event.path!r} meets {where}: the quantised weight is dequantised there as a whole."
     if event.primitive == "return":
         return f"{event.path!r} is returned by apply_fn: the weight is added up as W + s·A·B."
     return (
@@ -97,18 +101,22 @@ def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pyt
     The sum is formed in float32 or wider and cast once, so in half precision too the merged model
     answers as the adapted one does, to one rounding of the weight.
 
+    Of a base that `quantize` made, every quantised leaf becomes a floating array, adapted or not:
+    the plain function takes no other. `quantize` makes the result small again, and
+    `quantization_error` tells what that costs.
+
     Args:
         params: the frozen base; not changed.
         factors: what `init` made for it, trained or not.
         check_finite: refuse a merged leaf that holds a NaN or an infinity.
 
     Returns:
-        A pytree of the structure, dtypes and shardings of params. Leaves without a factor are the
-        very same arrays.
+        A pytree of the structure, dtypes and shardings of params. Floating leaves without a factor
+        are the very same arrays.
 
     Raises:
         StructureError: if factors do not belong to params.
-        LoraError: if `check_finite` is set, and a merged leaf is not finite or merge is traced.
+        LoraError: if a leaf is quantised and qwix not installed; if `check_finite` is set, and a merged leaf is not finite or merge is traced.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
@@ -159,21 +167,30 @@ def unmerge(params: Pytree, factors: Pytree) -> Pytree:
 
 
 def _map_adapted(fn: Callable[..., Any], params: Pytree, factors: Pytree) -> Pytree:
-    """Maps `fn(path, leaf, adapter)` over the adapted leaves; the others stay."""
-    results = [
-        leaf if adapter is None else fn(path, leaf, adapter)
-        for path, leaf, adapter in pair(params, factors)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), results)
+    """Maps `fn(path, leaf, adapter)` over the adapted leaves; quantised ones become arrays."""
+
+    def of(path: str, leaf: Any, adapter: Adapter | None) -> Any:
+        if is_quantized(leaf):
+            check_installed(path)
+        if adapter is not None:
+            return fn(path, leaf, adapter)
+        return _placed_like(leaf, _array)(leaf) if is_quantized(leaf) else leaf
+
+    results = [of(*entry) for entry in pair(params, factors)]
+    return jax.tree.unflatten(structure(params), results)
+
+
+def _array(leaf: Any) -> jax.Array:
+    return dequantize(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
 
 
 def _merged(leaf: Any, adapter: Adapter) -> jax.Array:
-    adapted = adapter.adapt(jnp.asarray(leaf), "")
+    adapted = adapter.adapt(_array(leaf), "")
     return adapted.add_up() if isinstance(adapted, Weight) else adapted
 
 
 def _unmerged(leaf: Any, adapter: Adapter) -> jax.Array:
-    return adapter.remove(jnp.asarray(leaf), "")
+    return adapter.remove(_array(leaf), "")
 
 
 def _as_leaf(result: jax.Array, leaf: Any) -> Any:
@@ -183,6 +200,7 @@ def _as_leaf(result: jax.Array, leaf: Any) -> Any:
 
 def _placed_like(leaf: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` compiled to leave its result where a concrete, committed leaf lies."""
+    leaf = leaf.qvalue if is_quantized(leaf) else leaf
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
         return _compiled(fn, leaf.sharding)
     return _compiled(fn, None)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lorax_fn.adapters.base import Adapter, Rule
 from lorax_fn.axes import Axes
@@ -42,7 +41,7 @@ class FullDelta(Adapter):
 
     def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> jax.Array:
         """leaf + delta in delta's dtype, cast once to the leaf's."""
-        return (lax.convert_element_type(leaf, self.delta.dtype) + self.delta).astype(leaf.dtype)
+        return (leaf.astype(self.delta.dtype) + self.delta).astype(leaf.dtype)
 
     def remove(self, merged: Any, path: str) -> jax.Array:
         """merged - delta."""

@@ -23,6 +23,7 @@ from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
+from lorax_fn.interpreter.quantized import consumed
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
 
@@ -198,7 +199,7 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
 
     labelled, gains = apply_gains(Factor(x, x_labels), weight.gains)
     x = labelled.array
-    base = compat.bind(eqn, [weight.base, x] if weight_is_lhs else [x, weight.base])
+    base = consumed(eqn, [weight.base, x] if weight_is_lhs else [x, weight.base])
     contraction = Contraction(
         summed=frozenset(contracted[w_side]),
         out=(*batch[w_side], *free),
@@ -225,8 +226,11 @@ def _dot(
 
 
 def _weight_times_weight(ctx: Context, eqn: Any, lhs: Weight, rhs: Weight) -> Any:
-    """Adds up the smaller of two weights, which then plays the part of the data."""
-    if lhs.base.size <= rhs.base.size:
+    """Adds up the smaller of two weights, which then plays the part of the data.
+
+    One that is merely quantised rather than one that is adapted.
+    """
+    if (lhs.is_adapted, lhs.base.size) <= (rhs.is_adapted, rhs.base.size):
         return _dot_general(ctx, eqn, ctx.add_up(lhs, eqn), rhs)
     return _dot_general(ctx, eqn, lhs, ctx.add_up(rhs, eqn))
 
@@ -261,7 +265,7 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
     if (group_sizes.ndim > 1 and weight.gains) or not can_gain(x, x_labels, by_row, w_summed):
         return NotImplemented
     labelled, gains = apply_gains(Factor(x, x_labels), by_row)
-    base = compat.bind(eqn, [labelled.array, weight.base, group_sizes])
+    base = consumed(eqn, [labelled.array, weight.base, group_sizes])
     contraction = Contraction(
         summed=frozenset(w_summed),
         out=(*w_batch, *x_free, *w_free),

@@ -22,6 +22,7 @@ from lorax_fn.interpreter.dropout import has_dropout, with_step
 from lorax_fn.interpreter.loop import interpret, interpret_in_place
 from lorax_fn.interpreter.pending import settled
 from lorax_fn.interpreter.placement import constrain_factors, factor_spec
+from lorax_fn.interpreter.quantized import computed, constrained, split_specs
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Weight, leading_slices, stack_leading
 
@@ -43,8 +44,7 @@ def _constrained(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, NamedSharding):
         return value
     if isinstance(value, Weight):
-        base = lax.with_sharding_constraint(value.base, sharding)
-        return constrain_factors(value, base, sharding)
+        return constrain_factors(value, constrained(value.base, sharding), sharding)
     return lax.with_sharding_constraint(settled(value), sharding)
 
 
@@ -87,7 +87,7 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
         slices, i = x
         own = consts if i is None else [with_step(const, i) for const in consts]
         results = interpret(ctx, eqn.params["jaxpr"], [*own, *carry, *rebuild(slices)])
-        return results[:n_carry], results[n_carry:]
+        return results[:n_carry], list(map(_with_base, results[n_carry:]))
 
     xs = (stacks, index)
     one = jax.tree.map(_abstract_slice, xs)
@@ -99,6 +99,13 @@ def _scan(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
 
     carry, ys = lax.scan(stable_step, carry, xs, **compat.scan_options(eqn.params))
     return [*carry, *(stack_leading(y) if isinstance(y, Weight) else y for y in ys)]
+
+
+def _with_base(value: Any) -> Any:
+    """A weight that a loop stacks: its base has to be there."""
+    if not isinstance(value, Weight):
+        return value
+    return dataclasses.replace(value, base=computed(value.base))
 
 
 def _abstract_slice(x: Any) -> Any:
@@ -249,7 +256,8 @@ RULES[primitives.cond_p] = _cond
 def _shard_map(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     """Each factor is split as the weight is along the dims that it spans."""
     leaves, treedef = jax.tree.flatten(list(operands))
-    specs = map(_specs, operands, eqn.params["in_specs"])
+    sizes = eqn.params["mesh"].shape
+    specs = [_specs(*pair, sizes) for pair in zip(operands, eqn.params["in_specs"], strict=True)]
 
     def body(*flat: Any) -> list[jax.Array]:
         results = interpret(ctx, eqn.params["jaxpr"], jax.tree.unflatten(treedef, flat))
@@ -263,11 +271,12 @@ def _shard_map(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     )(*leaves)
 
 
-def _specs(operand: Any, spec: Any) -> list[PartitionSpec]:
-    """A spec for every array of the operand, in flatten order."""
+def _specs(operand: Any, spec: Any, sizes: Any) -> list[PartitionSpec]:
+    """A spec for every array of the operand, in flatten order, on a mesh of these sizes."""
     if not isinstance(operand, Weight):
         return [spec]
-    placed = operand.map(spec, lambda f: f.with_array(factor_spec(f, spec, operand.ndim)))
+    base = split_specs(operand.base, spec, sizes)
+    placed = operand.map(base, lambda f: f.with_array(factor_spec(f, spec, operand.ndim)))
     return jax.tree.leaves(placed, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 

@@ -14,7 +14,6 @@ import jax.extend.core.primitives as primitives
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.contractions import (
     apply_gains,
     can_gain,
@@ -26,6 +25,7 @@ from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
 from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
+from lorax_fn.interpreter.quantized import consumed
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
@@ -46,7 +46,7 @@ def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
         into = enter(drop(Factor(x, tuple(range(x.ndim))), term, next(ctx.uses)), term)
         shares.append(_share(eqn.params, into.array, weight, term, *pair))
     ctx.factored(weight, eqn)
-    total = PendingSum(compat.bind(eqn, [x, weight.base]), tuple(shares))
+    total = PendingSum(consumed(eqn, [x, weight.base]), tuple(shares))
     return gained(total, out_labels, gains)
 
 

@@ -17,6 +17,7 @@ from jax import lax
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import Factor
 from lorax_fn.interpreter.lookup import finish_thin
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
@@ -35,7 +36,7 @@ def _slice(ctx: Context, eqn: Any, weight: Weight) -> Any:
             )
         )
 
-    return finish_thin(ctx, eqn, weight.map(compat.bind(eqn, [weight.base]), cut))
+    return finish_thin(ctx, eqn, weight.map(carried(eqn, [weight.base]), cut))
 
 
 def _dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> Any:
@@ -54,7 +55,7 @@ def _dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> Any:
             )
         )
 
-    return finish_thin(ctx, eqn, weight.map(compat.bind(eqn, [weight.base, *starts]), cut))
+    return finish_thin(ctx, eqn, weight.map(carried(eqn, [weight.base, *starts]), cut))
 
 
 def _rev(ctx: Context, eqn: Any, weight: Weight) -> Weight:
@@ -62,14 +63,14 @@ def _rev(ctx: Context, eqn: Any, weight: Weight) -> Weight:
         axes = factor.axes([d for d in factor.dims if d in eqn.params["dimensions"]])
         return factor.with_array(lax.rev(factor.array, axes))
 
-    return weight.map(compat.bind(eqn, [weight.base]), flip)
+    return weight.map(carried(eqn, [weight.base]), flip)
 
 
 def _pad(ctx: Context, eqn: Any, weight: Any, value: Any) -> Any:
     if not isinstance(weight, Weight) or isinstance(value, Weight) or weight.gains:
         return NotImplemented
     config = eqn.params["padding_config"]
-    base = compat.bind(eqn, [weight.base, value])
+    base = carried(eqn, [weight.base, value])
     dims = [d for d, edges in enumerate(config) if tuple(edges) != (0, 0, 0)]
     terms = tuple(pad_term(term, config, dims, weight.shape) for term in weight.terms)
     return Weight(base, terms, weight.paths)
@@ -95,7 +96,7 @@ def pad_term(term: Term, config: Sequence, dims: Sequence[int], shape: Sequence[
 
 
 def _split(ctx: Context, eqn: Any, weight: Weight) -> list[Any]:
-    dim, parts = eqn.params["axis"], compat.bind(eqn, [weight.base])
+    dim, parts = eqn.params["axis"], carried(eqn, [weight.base])
     ends = np.cumsum(eqn.params["sizes"]).tolist()
 
     def part(start: int, end: int) -> Callable[[Factor], Factor]:
@@ -125,7 +126,7 @@ def _unstack(ctx: Context, eqn: Any, weight: Weight) -> list[Any]:
 
         return cut
 
-    parts = enumerate(compat.bind(eqn, [weight.base]))
+    parts = enumerate(carried(eqn, [weight.base]))
     return [finish_thin(ctx, eqn, weight.map(base, pick(i))) for i, base in parts]
 
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import Factor
 from lorax_fn.interpreter.placement import constrain_factors, factor_spec
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, bases
 
@@ -26,7 +27,7 @@ def _on_base(ctx: Context, eqn: Any, weight: Weight) -> Any:
     """Rounding and naming concern the base; the factors keep their own, wider dtype."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
-    return dataclasses.replace(weight, base=compat.bind(eqn, [weight.base]))
+    return dataclasses.replace(weight, base=carried(eqn, [weight.base]))
 
 
 def _on_all(ctx: Context, eqn: Any, *operands: Any) -> Any:
@@ -45,12 +46,15 @@ def _optimization_barrier(ctx: Context, eqn: Any, *operands: Any) -> list[Any]:
     a dense weight gradient. So bases and the rest each pass a barrier with the other ones held.
     """
     rest, treedef = jax.tree.flatten([_without_base(operand) for operand in operands])
-    frozen = [operand.base for operand in operands if isinstance(operand, Weight)]
+    frozen, bases_treedef = jax.tree.flatten(
+        [operand.base for operand in operands if isinstance(operand, Weight)]
+    )
     n = len(frozen)
-    passed = iter(compat.bind(eqn, [*frozen, *map(lax.stop_gradient, rest)])[:n])
+    passed = compat.bind(eqn, [*frozen, *map(lax.stop_gradient, rest)])[:n]
     rest = compat.bind(eqn, [*map(lax.stop_gradient, frozen), *rest])[n:]
+    passed_bases = iter(jax.tree.unflatten(bases_treedef, passed))
     return [
-        dataclasses.replace(value, base=next(passed)) if isinstance(value, Weight) else value
+        dataclasses.replace(value, base=next(passed_bases)) if isinstance(value, Weight) else value
         for value in jax.tree.unflatten(treedef, rest)
     ]
 
@@ -61,7 +65,7 @@ def _without_base(operand: Any) -> Any:
 
 def _sharding_constraint(ctx: Context, eqn: Any, weight: Weight) -> Weight:
     """Each factor is constrained as the weight is along the dims that it spans."""
-    base = compat.bind(eqn, [weight.base])
+    base = carried(eqn, [weight.base])
     unconstrained = eqn.params.get("unconstrained_dims") or ()
     return constrain_factors(weight, base, eqn.params["sharding"], unconstrained)
 
@@ -75,7 +79,7 @@ def _reshard(ctx: Context, eqn: Any, weight: Weight) -> Weight:
         params = dict(eqn.params, dst_sharding=own)
         return factor.with_array(compat.reshard_p.bind(factor.array, **params))
 
-    return weight.map(compat.bind(eqn, [weight.base]), reshard)
+    return weight.map(carried(eqn, [weight.base]), reshard)
 
 
 for _primitive in (
@@ -100,7 +104,7 @@ RULES[compat.reshard_p] = _reshard
 
 
 def _neg(ctx: Context, eqn: Any, weight: Weight) -> Weight:
-    base = compat.bind(eqn, [weight.base])
+    base = carried(eqn, [weight.base])
     return dataclasses.replace(weight, base=base, terms=tuple(map(_negated, weight.terms)))
 
 
@@ -132,7 +136,7 @@ def _rescaled(eqn: Any, lhs: Any, rhs: Any, op: Callable) -> Any:
     terms = tuple(term for term in rescaled if term is not None)
     if len(terms) < len(rescaled):
         return NotImplemented
-    base = compat.bind(eqn, bases([lhs, rhs]))
+    base = carried(eqn, bases([lhs, rhs]))
     return dataclasses.replace(weight, base=base, terms=terms)
 
 
@@ -172,7 +176,7 @@ def _sum(eqn: Any, lhs: Any, rhs: Any, of_rhs: Callable[[Term], Term]) -> Any:
     terms = lhs.terms if isinstance(lhs, Weight) else ()
     terms += tuple(map(of_rhs, rhs.terms)) if isinstance(rhs, Weight) else ()
     paths = dict.fromkeys(path for weight in weights for path in weight.paths)
-    return Weight(compat.bind(eqn, bases([lhs, rhs])), terms, tuple(paths))
+    return Weight(carried(eqn, bases([lhs, rhs])), terms, tuple(paths))
 
 
 RULES[primitives.add_p] = _add

@@ -19,18 +19,19 @@ from jax import lax
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.cuts import pad_term
 from lorax_fn.interpreter.factor import RANK, Factor
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, bases
 
 
 def _concatenate(ctx: Context, eqn: Any, *operands: Any) -> Weight:
-    base = compat.bind(eqn, bases(operands))
+    base = carried(eqn, bases(operands))
     return _joined(base, operands, eqn.params["dimension"])
 
 
 def _stack(ctx: Context, eqn: Any, *operands: Any) -> Weight:
     dim = eqn.params["axis"]
-    base = compat.bind(eqn, bases(operands))
+    base = carried(eqn, bases(operands))
     return _joined(base, [_with_dim(operand, dim) for operand in operands], dim)
 
 
@@ -38,13 +39,18 @@ def _with_dim(operand: Any, dim: int) -> Any:
     """The operand with a new dim of length one."""
     if not isinstance(operand, Weight):
         return lax.expand_dims(operand, [dim])
-    base = lax.expand_dims(operand.base, [dim])
+    shape = (*operand.shape[:dim], 1, *operand.shape[dim:])
+    base = jax.ShapeDtypeStruct(shape, operand.dtype)  # the joined base is made already
     return operand.relabel(base, lambda d: d + (d >= dim))
 
 
 def _joined(base: Any, operands: Sequence[Any], dim: int) -> Weight:
     weights = [operand for operand in operands if isinstance(operand, Weight)]
     paths = tuple(dict.fromkeys(path for weight in weights for path in weight.paths))
+    operands = [op.base if isinstance(op, Weight) and not op.is_adapted else op for op in operands]
+    weights = [weight for weight in weights if weight.is_adapted]
+    if not weights:
+        return Weight(base, (), paths)
     gains = _joined_gains(base, operands, dim) if any(w.gains for w in weights) else ()
     if all(_is_stackable(weight, weights[0], dim) for weight in weights):
         places = range(len(weights[0].terms))

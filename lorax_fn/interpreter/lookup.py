@@ -17,9 +17,9 @@ import jax.extend.core.primitives as primitives
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import RANK, Factor
 from lorax_fn.interpreter.pending import PendingLookup
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
@@ -27,7 +27,7 @@ from lorax_fn.interpreter.weight import Term, Weight
 def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
         return NotImplemented
-    base = compat.bind(eqn, [weight.base, indices])
+    base = carried(eqn, [weight.base, indices])
     lookup = _Lookup.of(eqn, weight.shape, base.ndim)
     spanning = [_spanning(t.folded(), lookup.checked, weight.shape) for t in weight.terms]
     terms = [term for term in spanning if term is not None]
@@ -40,8 +40,12 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         tuple(lookup(gain, indices, fill=1) for gain in weight.gains),
     )
     if not weight.terms and lookup.batch:  # a row for each of many indices
-        ctx.factored(weight, eqn)
-        return gathered.add_up()
+
+        def rows() -> jax.Array:
+            ctx.factored(weight, eqn)
+            return gathered.add_up()
+
+        return rows() if weight.gains else PendingLookup(gathered, frozenset(lookup.batch), rows)
     activations = [
         lookup.is_activation(before) or after.is_thin
         for before, after in zip(weight.terms, gathered.terms, strict=True)

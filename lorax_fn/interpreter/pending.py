@@ -24,6 +24,7 @@ import jax.extend.core.primitives as primitives
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.explicit import placed_like
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.weight import Weight, wide_dtype
 
 
@@ -73,7 +74,7 @@ class PendingLookup:
     def transpose(self, eqn: Any) -> PendingLookup:
         """The same rows with their dims in another order."""
         order = eqn.params["permutation"]
-        weight = self.weight.relabel(compat.bind(eqn, [self.weight.base]), order.index)
+        weight = self.weight.relabel(carried(eqn, [self.weight.base]), order.index)
         rows = frozenset(order.index(d) for d in self.rows)
         return PendingLookup(weight, rows, lambda: compat.bind(eqn, [self.settle()]))
 

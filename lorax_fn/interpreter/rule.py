@@ -25,12 +25,16 @@ RULES: dict[Any, Callable] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One meeting of a weight and an operation: consumed in factored form, or added up."""
+    """One meeting of a weight and an operation: consumed in factored form, or added up.
+
+    A weight that is not `adapted` is quantised, and dequantised where it is to be added up.
+    """
 
     path: str
     primitive: str
     source: str
     dense: bool
+    adapted: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +72,14 @@ class Context:
         if not isinstance(value, Weight):
             return value
         for path in value.paths:
-            self.on_event(Event(path, "return", "the function's results", dense=True))
+            place = "return", "the function's results"
+            self.on_event(Event(path, *place, dense=True, adapted=value.is_adapted))
         return value.add_up()
 
     def _tell(self, weight: Weight, eqn: Any, *, dense: bool) -> None:
         for path in weight.paths:
             name = eqn.primitive.name
-            self.on_event(Event(path, name, self._line(eqn), dense))
+            self.on_event(Event(path, name, self._line(eqn), dense, weight.is_adapted))
 
     def _line(self, eqn: Any) -> str:
         return compat.source_line(eqn) or self.enclosing

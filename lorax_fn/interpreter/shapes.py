@@ -12,28 +12,28 @@ from typing import Any
 import jax
 import jax.extend.core.primitives as primitives
 
-from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import RANK, Factor
 from lorax_fn.interpreter.lookup import finish_thin
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Weight
 
 
 def _transpose(ctx: Context, eqn: Any, weight: Weight) -> Weight:
-    base = compat.bind(eqn, [weight.base])
+    base = carried(eqn, [weight.base])
     return weight.relabel(base, eqn.params["permutation"].index)
 
 
 def _squeeze(ctx: Context, eqn: Any, weight: Weight) -> Any:
     gone = eqn.params["dimensions"]
     kept = [d for d in range(weight.ndim) if d not in gone]
-    base = compat.bind(eqn, [weight.base])
+    base = carried(eqn, [weight.base])
     return finish_thin(ctx, eqn, weight.map(base, lambda f: f.squeeze(gone).relabel(kept.index)))
 
 
 def _broadcast_in_dim(ctx: Context, eqn: Any, weight: Weight, *dynamic_shape: Any) -> Weight:
     to = eqn.params["broadcast_dimensions"]
-    base = compat.bind(eqn, [weight.base, *dynamic_shape])
+    base = carried(eqn, [weight.base, *dynamic_shape])
     stretched = [d for d in range(weight.ndim) if weight.shape[d] != base.shape[to[d]]]
     return weight.map(base, lambda f: f.squeeze(stretched).relabel(to.__getitem__))
 
@@ -48,7 +48,7 @@ def _reshape(ctx: Context, eqn: Any, weight: Weight, *dynamic_shape: Any) -> Any
     )
     if not all(_is_whole(f, old, shape) for f in factors for old, _ in groups):
         return NotImplemented
-    base = compat.bind(eqn, [weight.base, *dynamic_shape])
+    base = carried(eqn, [weight.base, *dynamic_shape])
     return ordered.map(base, lambda f: _reshaped(f, groups, shape, base.shape))
 
 

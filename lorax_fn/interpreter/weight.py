@@ -22,6 +22,7 @@ from jax import lax
 from lorax_fn.interpreter.explicit import placed_like
 from lorax_fn.interpreter.factor import Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import NotFactoredError
+from lorax_fn.interpreter.quantized import Lazy, check_picks, picked
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -95,7 +96,7 @@ class Term:
 class Weight:
     """(`base` + Σ terms) ∘ Π gains. `paths` names the leaves of params that it came from.
 
-    Each term is a `Term` or a `KroneckerTerm`.
+    The base is an array, or `Lazy`. Each term is a `Term` or a `KroneckerTerm`.
     """
 
     base: Any
@@ -117,6 +118,11 @@ class Weight:
     def dtype(self) -> Any:
         """The dtype of the sum; the factors keep their own."""
         return self.base.dtype
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there is more than the base."""
+        return bool(self.terms or self.gains)
 
     def map(self, base: Any, fn: Callable[[Factor], Factor]) -> Weight:
         """A weight with a new base, `fn` applied to every factor."""
@@ -161,7 +167,7 @@ def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Wei
 
     Returns the arrays to scan over (the base and every factor that spans dim 0, that dim first) and
     the function that makes one step's weight of their slices. Factors that do not span dim 0 are
-    the same in every step.
+    the same in every step; of a lazy base each step picks its entry by number.
     """
     leaves, treedef = jax.tree.flatten(
         (weight.terms, weight.gains), is_leaf=lambda x: isinstance(x, Factor)
@@ -169,7 +175,11 @@ def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Wei
     if any(0 in leaf.dims and leaf.length(0) != weight.shape[0] for leaf in leaves):
         raise NotFactoredError  # a part of a Kronecker product: its steps are not the weight's
     stacked = [leaf.lead_with(0) if 0 in leaf.dims else leaf for leaf in leaves]
-    arrays = [weight.base, *(f.array for f in stacked if 0 in f.dims)]
+    base = weight.base
+    if isinstance(base, Lazy):
+        check_picks(base)
+        base = jnp.arange(weight.shape[0])
+    arrays = [base, *(f.array for f in stacked if 0 in f.dims)]
 
     def rebuild(slices: list[Any]) -> Weight:
         base, *rest = slices
@@ -178,6 +188,8 @@ def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Wei
             Factor(next(sliced), f.dims[1:]) if 0 in f.dims else f for f in stacked
         ]  # still labelled by the stack's dims
         terms, gains = jax.tree.unflatten(treedef, [f.relabel(lambda d: d - 1) for f in factors])
+        if isinstance(weight.base, Lazy):
+            base = picked(weight.base, base)
         return Weight(base, terms, weight.paths, gains)
 
     return arrays, rebuild
