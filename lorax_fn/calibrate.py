@@ -43,9 +43,7 @@ def calibrate(
             function returns nothing that can be differentiated, or a weight sees no data.
     """
     check_function(apply_fn)
-    leaves = {
-        path: as_array(leaf) for path, leaf in leaves_with_paths(params) if path in rules
-    }
+    leaves = {path: as_array(leaf) for path, leaf in leaves_with_paths(params) if path in rules}
     probes: Probes = {}
     for path, rule in rules.items():
         own_key, leaf = fold_path(key, path), leaves[path]

@@ -43,8 +43,8 @@ class Traced:
 
     Attributes:
         jaxpr: closed jaxpr without dead code; its inputs are `param_leaves`, then `arg_leaves`.
-        param_leaves: the array leaves of `params`, in flatten order. A quantised one is one leaf, and
-            one input of the jaxpr, of the shape and dtype of the floating weight.
+        param_leaves: the array leaves of `params`, in flatten order. A quantised one is one leaf,
+            and one input of the jaxpr, of the shape and dtype of the floating weight.
         param_slots: for each of these, its position among all leaves of `params`, static ones
             included.
         arg_leaves: the array leaves of `(args, kwargs)`, in flatten order.

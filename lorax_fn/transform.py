@@ -85,8 +85,10 @@ def wrap(
 
 def _added_up(event: Event) -> str:
     if not event.adapted:
-        where = event.primitive if event.primitive == "return" else f"{event.primitive} at {event.source}"
-        return f"{event.path!r} meets {where}: the quantised weight is dequantised there as a whole."
+        return (
+            f"{event.path!r} meets {event.primitive} at {event.source}: the quantised weight is "
+            "dequantised there, and kept so for the backward pass."
+        )
     if event.primitive == "return":
         return f"{event.path!r} is returned by apply_fn: the weight is added up as W + s·A·B."
     return (
@@ -116,7 +118,8 @@ def merge(params: Pytree, factors: Pytree, *, check_finite: bool = False) -> Pyt
 
     Raises:
         StructureError: if factors do not belong to params.
-        LoraError: if a leaf is quantised and qwix not installed; if `check_finite` is set, and a merged leaf is not finite or merge is traced.
+        LoraError: if `check_finite` is set, and a merged leaf is not finite or merge is traced; if
+            a leaf is quantised, and qwix is not installed.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}

@@ -14,9 +14,9 @@ from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they re
     lookup,
     shapes,
 )
+from lorax_fn.interpreter.codes import dequantize
 from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
-from lorax_fn.interpreter.codes import dequantize
 from lorax_fn.interpreter.loop import interpret
 from lorax_fn.interpreter.quantized import Quantized
 from lorax_fn.interpreter.rule import Context, Event

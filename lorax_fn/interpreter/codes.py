@@ -39,10 +39,15 @@ def dequantize(array: Any) -> jax.Array:
         return qwix.dequantize(qwix.QArray(codes, scale, None, array.qtype))
 
     blocks = zip(array.scale.shape, array.shape, strict=True)
-    split = [part for count, length in blocks for part in (count, length // max(count, 1))]
+    split = [part for count, length in blocks for part in (count, _tile(length, count))]
     for dim in reversed(range(array.ndim)):
         one = jax.vmap(one, in_axes=(dim, 0), out_axes=dim)
     return one(array.qvalue.reshape(split), array.scale).reshape(array.shape)
+
+
+def _tile(length: int, count: int) -> int:
+    """How many entries of a dim share each of so many scales."""
+    return length // count if count else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +93,17 @@ class Codes:
         return dataclasses.replace(self.map(lambda x: lax.squeeze(x, gone)), order=order)
 
     def slice(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Any:
-        """The part within these limits, or `NotImplemented` if it cuts a block."""
+        """The part within these limits, or `NotImplemented` if it cuts a block or is empty."""
         spans = self.by_array_dim(list(zip(start, limit, strides, strict=True)))
 
         def block(dim: int, part: Any) -> tuple[int, int, int] | None:
             begin, end, stride = spans[dim]
             length, count = self.array.shape[dim], part.shape[dim]
-            tile = length // count
+            tile = _tile(length, count)
+            if end <= begin:
+                return None
             if tile == 1:
                 return begin, end, stride
-            if end == begin:
-                return None
             if begin // tile == (end - 1) // tile:
                 return begin // tile, begin // tile + 1, 1
             if stride != 1 or begin % tile or end % tile:
@@ -107,7 +112,7 @@ class Codes:
 
         parts = jax.tree.leaves(self.array)
         cuts = [[block(dim, part) for dim in range(part.ndim)] for part in parts]
-        if self.array.qvalue.size == 0 or any(cut is None for cut in sum(cuts, [])):
+        if any(None in spans for spans in cuts):
             return NotImplemented
         cut = [lax.slice(part, *zip(*spans, strict=True))
                for part, spans in zip(parts, cuts, strict=True)]  # fmt: skip
@@ -125,7 +130,7 @@ class Codes:
         def cut(part: jax.Array) -> jax.Array:
             begins, lengths = [], []
             for dim, (start, size) in enumerate(spans):
-                tile = self.array.shape[dim] // part.shape[dim]
+                tile = _tile(self.array.shape[dim], part.shape[dim])
                 begins.append(start // tile if tile > 1 else start)
                 lengths.append(min(size, part.shape[dim]))
             # Not lax.dynamic_slice: it would count a start that is negative still from the end.
@@ -212,17 +217,11 @@ def _gather(eqn: Any, codes: Codes, indices: jax.Array) -> Any:
     )
     fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     has_value = eqn.params["fill_value"] is not None or codes.array.zero_point is not None
-    if (
-        not codes.in_order
-        or not is_whole
-        or numbers.operand_batching_dims
-        or (fills and has_value)
-        or math.prod(shape) == 0
-    ):
+    if not codes.in_order or not is_whole or numbers.operand_batching_dims or (fills and has_value):
         return NotImplemented
 
     def pick(part: jax.Array) -> jax.Array:
-        tiles = [shape[dim] // part.shape[dim] for dim in indexed]
+        tiles = [_tile(shape[dim], part.shape[dim]) for dim in indexed]
         by_block = any(tile > 1 for tile in tiles)
         return lax.gather(
             part,

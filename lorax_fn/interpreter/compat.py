@@ -53,6 +53,12 @@ def bind(eqn: Any, operands: Sequence[Any]) -> Any:
     return eqn.primitive.bind(*subfuns, *operands, **params)
 
 
+def has_body(eqn: Any) -> bool:
+    """Whether an equation holds jaxprs or functions: a loop, a branch, a derivative, a kernel."""
+    values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
+    return any(callable(v) or hasattr(getattr(v, "jaxpr", v), "eqns") for v in values)
+
+
 @contextlib.contextmanager
 def equation_context(eqn: Any) -> Iterator[None]:
     """Keeps the traceback, name stack, mesh and metadata that the equation was traced under."""

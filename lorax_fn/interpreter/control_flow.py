@@ -22,7 +22,7 @@ from lorax_fn.interpreter.dropout import has_dropout, with_step
 from lorax_fn.interpreter.loop import interpret, interpret_in_place
 from lorax_fn.interpreter.pending import settled
 from lorax_fn.interpreter.placement import constrain_factors, factor_spec
-from lorax_fn.interpreter.quantized import computed, constrained, split_specs
+from lorax_fn.interpreter.quantized import Lazy, computed, constrained, split_specs
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Weight, leading_slices, stack_leading
 
@@ -169,7 +169,8 @@ def _held(ctx: Context, eqn: Any, value: Any, after: Any) -> Any:
     if not isinstance(value, Weight):
         return value
     if not _same_form(value, after):
-        return ctx.add_up(value, eqn)
+        lazy = isinstance(value.base, Lazy)  # and other in each step, such as a weight that fades
+        return _with_base(value) if lazy else ctx.add_up(value, eqn)
     paths = tuple(dict.fromkeys((*value.paths, *after.paths)))
     return value if paths == value.paths else dataclasses.replace(value, paths=paths)
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import Factor
 from lorax_fn.interpreter.placement import constrain_factors, factor_spec
-from lorax_fn.interpreter.quantized import carried
+from lorax_fn.interpreter.quantized import carried, computed
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight, bases
 
@@ -136,8 +136,12 @@ def _rescaled(eqn: Any, lhs: Any, rhs: Any, op: Callable) -> Any:
     terms = tuple(term for term in rescaled if term is not None)
     if len(terms) < len(rescaled):
         return NotImplemented
-    base = carried(eqn, bases([lhs, rhs]))
-    return dataclasses.replace(weight, base=base, terms=terms)
+    operands = bases([lhs, rhs])
+    if by.size == weight.base.size:  # data of that size is there: nothing is saved by waiting
+        if not weight.is_adapted:
+            return NotImplemented
+        operands = list(map(computed, operands))
+    return dataclasses.replace(weight, base=carried(eqn, operands), terms=terms)
 
 
 def _rescaled_term(term: Term, vector: Factor, shape: tuple[int, ...], op: Callable) -> Term | None:
@@ -171,12 +175,14 @@ def _sum(eqn: Any, lhs: Any, rhs: Any, of_rhs: Callable[[Term], Term]) -> Any:
     """A frozen shift joins the base; two weights' terms stand side by side."""
     weights = [operand for operand in (lhs, rhs) if isinstance(operand, Weight)]
     shape = eqn.outvars[0].aval.shape
-    if any(weight.shape != shape or weight.gains for weight in weights):
+    if not any(weight.is_adapted for weight in weights) or any(
+        weight.shape != shape or weight.gains for weight in weights
+    ):
         return NotImplemented
     terms = lhs.terms if isinstance(lhs, Weight) else ()
     terms += tuple(map(of_rhs, rhs.terms)) if isinstance(rhs, Weight) else ()
     paths = dict.fromkeys(path for weight in weights for path in weight.paths)
-    return Weight(carried(eqn, bases([lhs, rhs])), terms, tuple(paths))
+    return Weight(compat.bind(eqn, list(map(computed, bases([lhs, rhs])))), terms, tuple(paths))
 
 
 RULES[primitives.add_p] = _add

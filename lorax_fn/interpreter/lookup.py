@@ -41,11 +41,13 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
     )
     if not weight.terms and lookup.batch:  # a row for each of many indices
 
-        def rows() -> jax.Array:
+        def add_up() -> jax.Array:
             ctx.factored(weight, eqn)
             return gathered.add_up()
 
-        return rows() if weight.gains else PendingLookup(gathered, frozenset(lookup.batch), rows)
+        if weight.gains:
+            return add_up()
+        return PendingLookup(gathered, frozenset(lookup.batch), add_up)
     activations = [
         lookup.is_activation(before) or after.is_thin
         for before, after in zip(weight.terms, gathered.terms, strict=True)

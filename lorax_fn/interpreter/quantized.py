@@ -59,7 +59,7 @@ class Quantized(Lazy):
         return tuple(self.array.shape)
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         """The dtype of the floating array."""
         return self.array.dtype
 

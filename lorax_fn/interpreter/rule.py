@@ -17,6 +17,7 @@ import jax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.kronecker import NotFactoredError
+from lorax_fn.interpreter.quantized import consumed
 from lorax_fn.interpreter.weight import Weight
 
 RULES: dict[Any, Callable] = {}
@@ -71,9 +72,8 @@ class Context:
         """Adds a weight up because the function returns it."""
         if not isinstance(value, Weight):
             return value
-        for path in value.paths:
-            place = "return", "the function's results"
-            self.on_event(Event(path, *place, dense=True, adapted=value.is_adapted))
+        for path in value.paths if value.is_adapted else ():
+            self.on_event(Event(path, "return", "the function's results", dense=True))
         return value.add_up()
 
     def _tell(self, weight: Weight, eqn: Any, *, dense: bool) -> None:
@@ -93,5 +93,16 @@ def apply_rule(ctx: Context, eqn: Any, operands: list[Any]) -> Any:
     except NotFactoredError:
         result = NotImplemented
     if result is NotImplemented:
-        result = compat.bind(eqn, [ctx.add_up(value, eqn) for value in operands])
+        result = consumed(eqn, [_operand(ctx, eqn, value) for value in operands])
     return result
+
+
+def _operand(ctx: Context, eqn: Any, value: Any) -> Any:
+    """What an equation without a rule gets: a sum, or a base that is quantised and nothing more.
+
+    Not within `jax.checkpoint`, though, where the equation holds a loop or a derivative of its own.
+    """
+    if not isinstance(value, Weight) or value.is_adapted or compat.has_body(eqn):
+        return ctx.add_up(value, eqn)
+    ctx.factored(value, eqn)
+    return value.base

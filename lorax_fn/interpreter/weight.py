@@ -22,7 +22,7 @@ from jax import lax
 from lorax_fn.interpreter.explicit import placed_like
 from lorax_fn.interpreter.factor import Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import NotFactoredError
-from lorax_fn.interpreter.quantized import Lazy, check_picks, picked
+from lorax_fn.interpreter.quantized import Lazy, check_picks, computed, picked
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -175,21 +175,23 @@ def leading_slices(weight: Weight) -> tuple[list[Any], Callable[[list[Any]], Wei
     if any(0 in leaf.dims and leaf.length(0) != weight.shape[0] for leaf in leaves):
         raise NotFactoredError  # a part of a Kronecker product: its steps are not the weight's
     stacked = [leaf.lead_with(0) if 0 in leaf.dims else leaf for leaf in leaves]
-    base = weight.base
-    if isinstance(base, Lazy):
+    base = computed(weight.base) if weight.shape[0] == 0 else weight.base
+    is_lazy = isinstance(base, Lazy)
+    if is_lazy:
         check_picks(base)
-        base = jnp.arange(weight.shape[0])
-    arrays = [base, *(f.array for f in stacked if 0 in f.dims)]
+    arrays = [
+        jnp.arange(weight.shape[0]) if is_lazy else base,
+        *(f.array for f in stacked if 0 in f.dims),
+    ]
 
     def rebuild(slices: list[Any]) -> Weight:
-        base, *rest = slices
+        first, *rest = slices
         sliced = iter(rest)
         factors = [
             Factor(next(sliced), f.dims[1:]) if 0 in f.dims else f for f in stacked
         ]  # still labelled by the stack's dims
         terms, gains = jax.tree.unflatten(treedef, [f.relabel(lambda d: d - 1) for f in factors])
-        if isinstance(weight.base, Lazy):
-            base = picked(weight.base, base)
-        return Weight(base, terms, weight.paths, gains)
+        own = picked(base, first) if is_lazy else first
+        return Weight(own, terms, weight.paths, gains)
 
     return arrays, rebuild
