@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.tie import tied
 
 
 def dequantize(array: Any) -> jax.Array:
@@ -68,9 +69,12 @@ class Codes:
         """Whether no dim has changed its place."""
         return self.order == tuple(range(self.array.ndim))
 
-    def dense(self) -> jax.Array:
-        """The floating array."""
-        result = dequantize(self.array)
+    def dense(self, ready: Any = None) -> jax.Array:
+        """The floating array, made once `ready` is there."""
+        array = self.array
+        if ready is not None:
+            array = dataclasses.replace(array, qvalue=tied(array.qvalue, ready))
+        result = dequantize(array)
         if not self.in_order:
             result = lax.transpose(result, self.order)
         for operation in self.after:

@@ -1,9 +1,8 @@
 """Frozen bases that stay quantised until an operation consumes them.
 
 A `Weight`'s base may be `Lazy`: a quantised array, or what shape operations, casts and cuts have
-made of it, which are noted and not done. A contraction does them and dequantises within
-`jax.checkpoint`, so that its backward pass, which needs the weight again, keeps the codes and not
-the floating array. (A `custom_vjp` would do that too, and would forbid forward mode.)
+made of it, which are noted and not done. A contraction does them and dequantises, and so does its
+backward pass, which needs the weight again: what is kept for it is the codes.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.codes import ON_CODES, Codes
+from lorax_fn.interpreter.frozen_dot import frozen_dot
 from lorax_fn.interpreter.kronecker import NotFactoredError
 
 
@@ -87,14 +87,14 @@ class Step:
         rule = ON_CODES.get(eqn.primitive)
         return cls(compute, rule and functools.partial(rule, eqn))
 
-    def __call__(self, operands: Sequence[Any]) -> list[Any]:
+    def __call__(self, operands: Sequence[Any], ready: Any) -> list[Any]:
         """The results: `Codes` where they are still codes."""
         first, *rest = operands
         if self.on_codes and isinstance(first, Codes) and not any(map(_is_codes, rest)):
             results = self.on_codes(first, *rest)
             if results is not NotImplemented:
                 return list(results)
-        return self.compute(*map(_dense, operands))
+        return self.compute(*[_dense(operand, ready) for operand in operands])
 
 
 @jax.tree_util.register_dataclass
@@ -122,21 +122,35 @@ def carried(eqn: Any, operands: Sequence[Any]) -> Any:
 
 
 def consumed(eqn: Any, operands: Sequence[Any]) -> Any:
-    """Evaluates a contraction, whose backward pass computes lazy operands again."""
+    """Evaluates a contraction of its first array with other, frozen operands, lazy ones too."""
+    if not any(isinstance(operand, Lazy) for operand in operands):
+        return compat.bind(eqn, operands)
+    place = next(i for i, operand in enumerate(operands) if not isinstance(operand, Lazy))
+    constants, treedef = jax.tree.flatten([*operands[:place], *operands[place + 1 :]])
+
+    def contract(ready: Any, x: Any, *constants: Any) -> Any:
+        others = [computed(value, ready) for value in jax.tree.unflatten(treedef, constants)]
+        return compat.bind(eqn, [*others[:place], x, *others[place:]])
+
+    return frozen_dot(contract, operands[place], constants)
+
+
+def recomputed(eqn: Any, operands: Sequence[Any]) -> Any:
+    """Evaluates any equation, whose backward pass computes lazy operands again."""
     if not any(isinstance(operand, Lazy) for operand in operands):
         return compat.bind(eqn, operands)
     arrays, treedef = jax.tree.flatten(list(operands))
 
     @jax.checkpoint
-    def contract(*arrays: Any) -> Any:
+    def compute(*arrays: Any) -> Any:
         return compat.bind(eqn, list(map(computed, jax.tree.unflatten(treedef, arrays))))
 
-    return contract(*arrays)
+    return compute(*arrays)
 
 
-def computed(value: Any) -> Any:
-    """A value with nothing waiting: the floating array."""
-    return _dense(_cut(value))
+def computed(value: Any, ready: Any = None) -> Any:
+    """A value with nothing waiting: the floating array, made once `ready` is there."""
+    return _dense(_cut(value, ready), ready)
 
 
 def constrained(base: Any, sharding: Any) -> Any:
@@ -157,7 +171,7 @@ def check_picks(base: Any) -> None:
     found: list[bool] = []
 
     def look(base: Any) -> None:
-        found.append(_is_codes(_cut(picked(base, 0))))
+        found.append(_is_codes(_cut(picked(base, 0), None)))
 
     jax.eval_shape(look, base)
     if not found[0]:
@@ -202,17 +216,17 @@ def _checked(cut: Any, count: int, sizes: Any) -> Any:
     return cut
 
 
-def _cut(value: Any) -> Any:
+def _cut(value: Any, ready: Any) -> Any:
     """A value with what waits done on its codes, as far as that goes: `Codes` or an array."""
     if isinstance(value, Quantized):
         return Codes.of(value.array)
     if isinstance(value, Deferred):
-        return value.step(list(map(_cut, value.operands)))[value.index]
+        return value.step([_cut(v, ready) for v in value.operands], ready)[value.index]
     return value
 
 
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, Codes) else value
+def _dense(value: Any, ready: Any) -> Any:
+    return value.dense(ready) if isinstance(value, Codes) else value
 
 
 def _is_codes(value: Any) -> bool:

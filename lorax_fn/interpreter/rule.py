@@ -17,7 +17,7 @@ import jax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.kronecker import NotFactoredError
-from lorax_fn.interpreter.quantized import consumed
+from lorax_fn.interpreter.quantized import recomputed
 from lorax_fn.interpreter.weight import Weight
 
 RULES: dict[Any, Callable] = {}
@@ -93,7 +93,7 @@ def apply_rule(ctx: Context, eqn: Any, operands: list[Any]) -> Any:
     except NotFactoredError:
         result = NotImplemented
     if result is NotImplemented:
-        result = consumed(eqn, [_operand(ctx, eqn, value) for value in operands])
+        result = recomputed(eqn, [_operand(ctx, eqn, value) for value in operands])
     return result
 
 
