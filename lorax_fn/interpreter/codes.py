@@ -27,23 +27,23 @@ from lorax_fn.interpreter.tie import tied
 def dequantize(array: Any) -> jax.Array:
     """The floating array that a `qwix.QArray` stands for, in the dtype of its scales.
 
-    Block by block: qwix looks NF4's codes up in one long row, for which a mesh would have to gather
-    those of all its devices.
+    Row by row: qwix looks NF4's codes up in one long row, for which a mesh would have to gather those
+    of all its devices.
     """
     import qwix
 
-    if array.zero_point is not None:
+    if array.zero_point is not None or array.qvalue.size == 0:
         return qwix.dequantize(array)
 
-    def one(codes: jax.Array, scale: jax.Array) -> jax.Array:
-        scale = scale.reshape((1,) * array.ndim)
-        return qwix.dequantize(qwix.QArray(codes, scale, None, array.qtype))
+    def dequantize_rows(codes: jax.Array, scales: jax.Array) -> jax.Array:
+        return qwix.dequantize(qwix.QArray(codes, scales, None, array.qtype))
 
-    blocks = zip(array.scale.shape, array.shape, strict=True)
-    split = [part for count, length in blocks for part in (count, _tile(length, count))]
-    for dim in reversed(range(array.ndim)):
-        one = jax.vmap(one, in_axes=(dim, 0), out_axes=dim)
-    return one(array.qvalue.reshape(split), array.scale).reshape(array.shape)
+    split: list[int] = []
+    for length, count in zip(array.shape[:-1], array.scale.shape[:-1], strict=True):
+        split += [count, _tile(length, count)]
+        dequantize_rows = jax.vmap(jax.vmap(dequantize_rows, (0, None)))
+    rows = array.qvalue.reshape(*split, array.shape[-1])  # (count, tile, count, tile, …, last)
+    return dequantize_rows(rows, array.scale).reshape(array.shape)
 
 
 def _tile(length: int, count: int) -> int:
