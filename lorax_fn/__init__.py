@@ -31,6 +31,7 @@ from lorax_fn.errors import (
 )
 from lorax_fn.init import init
 from lorax_fn.io import load, load_peft, save, save_peft
+from lorax_fn.loftq import loftq
 from lorax_fn.optim import freeze, lora_plus, param_labels, precondition, trainable_mask
 from lorax_fn.quantize import quantization_error, quantize
 from lorax_fn.report import Report, inspect
@@ -69,6 +70,7 @@ __all__ = [
     "inspect",
     "load",
     "load_peft",
+    "loftq",
     "lora_plus",
     "merge",
     "orthogonality",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -78,7 +78,13 @@ def init(
                 f"{missing} is missing; wanted both apply_fn= and batches=, or neither."
             )
         assigned = calibrate(key, apply_fn, params, assigned, batches, axes_of, progress=progress)
+    return init_assigned(key, params, assigned, axes_of)
 
+
+def init_assigned(
+    key: jax.Array, params: Pytree, assigned: Mapping[str, Rule], axes_of: Mapping[str, Axes]
+) -> Pytree:
+    """What the rules of all leaves, by path, make of params."""
     paths = [path for path, _ in leaves_with_paths(params)]
     shardings = dict(zip(paths, leaf_shardings(params), strict=True))
 

@@ -21,6 +21,7 @@ from jax import lax
 
 from lorax_fn.adapters.lora import LoRA, LoRAFactors
 from lorax_fn.adapters.low_rank import check_abstract, check_fits, split_shape, sum_over_contract
+from lorax_fn.adapters.probes import Start
 from lorax_fn.axes import Axes
 from lorax_fn.interpreter import RANK, Factor, Term, Weight, labelled_dot, wide_dtype
 
@@ -129,4 +130,8 @@ class DoRA(LoRA):
             squared = jnp.zeros((*batch, *out), wide_dtype(leaf.dtype))
         else:
             squared = sum_over_contract(jnp.square(leaf.astype(wide_dtype(leaf.dtype))), node.axes)
-        return DoRAFactors(**fields, magnitude=jnp.sqrt(squared), squared_norm=squared)
+        start = squared
+        if isinstance(self.init, Start) and not self.init.taken_off:
+            spanned = Factor(squared, (*node.axes.batch, *node.axes.out))
+            start = jnp.maximum(_squared_norm(leaf, node.terms(leaf.shape, None), spanned), 0)
+        return DoRAFactors(**fields, magnitude=jnp.sqrt(start), squared_norm=squared)

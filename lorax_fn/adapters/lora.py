@@ -142,7 +142,8 @@ class LoRA(Rule):
             gradients: `lorax_fn.init` is then given a function and batches. Where B does not start
             at zero, s·A·B of the start is taken off again, by a frozen product in the adapter: your
             params stay as they are. Weight decay then pulls towards W less that product, not
-            towards W.
+            towards W. "loftq" alone keeps s·A·B, for what quantising takes off W: `lorax_fn.loftq`
+            makes the factors, and the base.
         dtype: the factors' dtype, whatever the weight's; float32 keeps half-precision bases stable.
         freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
         exclude: leaves to leave out, in any form that `targets` takes.
@@ -172,10 +173,10 @@ class LoRA(Rule):
         check_alpha(self.alpha)
         check_probability("dropout", self.dropout)
         known = isinstance(self.init, str) and (
-            self.init in INITIALIZERS or self.init in PROBES or SPECTRAL.fullmatch(self.init)
+            self.init in (*INITIALIZERS, *PROBES, "loftq") or SPECTRAL.fullmatch(self.init)
         )
         if not known and not callable(self.init) and not isinstance(self.init, Start):
-            names = sorted([*INITIALIZERS, *PROBES, "olora", "pissa", "pissa_niter_4"])
+            names = sorted([*INITIALIZERS, *PROBES, "loftq", "olora", "pissa", "pissa_niter_4"])
             raise LoraError(
                 f"init={self.init!r} is unknown; wanted one of {names} or a "
                 "function (key, shape, dtype) -> array."
@@ -195,7 +196,7 @@ class LoRA(Rule):
         kind = PROBES.get(self.init) if isinstance(self.init, str) else None
         if kind is None:
             return None
-        axes = self._axes(path, leaf, axes)
+        axes = self.roles(path, leaf, axes)
         _, contract, out = map(math.prod, split_shape(leaf.shape, axes))
         largest = kind.largest_rank(contract, out)
         if self.rank > largest:
@@ -207,16 +208,23 @@ class LoRA(Rule):
 
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> LoRAFactors:
         """The factors of one weight: A drawn and B zero, or both from the weight or from data."""
-        axes = self._axes(path, leaf, axes)
+        axes = self.roles(path, leaf, axes)
         a, b = self._start(key, path, leaf, axes)
         # Copies: a training step that donates its factors may not donate an array twice.
-        start = None if b is None else (jnp.copy(a), jnp.copy(b))
+        kept = isinstance(self.init, Start) and not self.init.taken_off
+        start = None if b is None or kept else (jnp.copy(a), jnp.copy(b))
         if b is None:
             batch, _, out = split_shape(leaf.shape, axes)
             b = jnp.zeros((*batch, self.rank, *out), self.dtype)
         return LoRAFactors(a, b, self.scale, axes, float(self.dropout), self.freeze_a, start)
 
-    def _axes(self, path: str, leaf: Any, axes: Axes | None) -> Axes:
+    def roles(self, path: str, leaf: Any, axes: Axes | None) -> Axes:
+        """The roles of a weight's dims: the rule's own, or those that are given.
+
+        Raises:
+            TargetError, AxesError: as `make`.
+            LoraError: if the rank is above what the weight can have.
+        """
         axes = resolve_axes(type(self).__name__, path, leaf, self.axes or axes)
         check_largest_rank(path, leaf, axes, self.rank)
         return axes
@@ -230,6 +238,11 @@ class LoRA(Rule):
             raise LoraError(
                 f"init={self.init!r} looks at data; wanted lora.init(key, params, rules, "
                 f"apply_fn={name}, batches=[(x,), …]), which calls {name}(params, *batch)."
+            )
+        if self.init == "loftq":
+            raise LoraError(
+                "init='loftq' finds the quantised base together with the factors; wanted base, "
+                "factors = lora.loftq(key, params, rules, axes=axes), of floating params."
             )
         if isinstance(self.init, str) and SPECTRAL.fullmatch(self.init):
             options: dict[str, Any] = {"rank": self.rank, "scale": self.scale, "dtype": self.dtype}

@@ -28,17 +28,20 @@ DAMPING = 0.01  # of the mean variance, added to every variance before CorDA inv
 GAMMA = 16.0  # LoRA-GA's gamma: the larger, the smaller the factors start
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where the factors of one weight start.
 
     Attributes:
         a: (batch dims…, contract dims…, r).
-        b: (batch dims…, r, out dims…), taken off the weight again as s·a·b; None means zero.
+        b: (batch dims…, r, out dims…); None means zero.
+        taken_off: whether s·a·b is taken off the weight again.
     """
 
     a: Any
     b: Any | None = None
+    taken_off: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 class Probe(SummedAdapter):

@@ -27,8 +27,8 @@ from lorax_fn.interpreter.tie import tied
 def dequantize(array: Any) -> jax.Array:
     """The floating array that a `qwix.QArray` stands for, in the dtype of its scales.
 
-    Row by row: qwix looks NF4's codes up in one long row, for which a mesh would have to gather those
-    of all its devices.
+    Row by row: qwix looks NF4's codes up in one long row, for which a mesh would have to gather
+    those of all its devices.
     """
     import qwix
 

@@ -37,10 +37,8 @@ def _jvp(primals: Any, tangents: Any, *, fn: Any, jaxpr: Any) -> tuple[Any, Any]
         # Something trained stands among the constants: a multiplier that waits to be applied.
         rematerialised = jax.checkpoint(lambda x, *constants: fn(x, x, *constants))
         return jax.jvp(rematerialised, primals, tuple(map(_instantiated, primals, tangents)))
-    result = fn(x, x, *constants)  # in plain sight of rematerialisation policies
-    if type(tangents[0]) is ad.Zero:
-        return result, ad.Zero.from_primal_value(result)
-    return result, frozen_dot(fn, tangents[0], constants)
+    # The result in plain sight of rematerialisation policies.
+    return fn(x, x, *constants), frozen_dot(fn, tangents[0], constants)
 
 
 def _instantiated(primal: Any, tangent: Any) -> Any:

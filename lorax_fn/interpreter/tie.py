@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
@@ -49,7 +48,7 @@ def _with_zero(codes: Any, data: Any) -> Any:
 def _batch(operands: Any, dims: Any) -> tuple[Any, Any]:
     """All entries of a batch meet the same codes: one is enough to wait for."""
     (codes, data), (codes_dim, data_dim) = operands, dims
-    if data_dim is not batching.not_mapped:
+    if data_dim is not None:
         data = lax.index_in_dim(data, 0, data_dim, keepdims=False)
     return tied_p.bind(codes, data), codes_dim
 
