@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.errors import LoraError, StructureError, TargetError
-from lorax_fn.interpreter import dequantize
+from lorax_fn.interpreter import dequantize, qwix_promotion
 from lorax_fn.leaves import check_installed, is_quantized, type_name
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 from lorax_fn.rules import no_match
@@ -223,7 +223,9 @@ def _compiled(
 
         leaf = jnp.asarray(leaf)
         others = [d for d in range(leaf.ndim) if d != dim]
-        array = qwix.quantize(leaf, DTYPES[dtype], channelwise_axes=others, tiled_axes={dim: block})
+        options: dict[str, Any] = {"channelwise_axes": others, "tiled_axes": {dim: block}}
+        with qwix_promotion():
+            array = qwix.quantize(leaf, DTYPES[dtype], **options)
         if sharding is None:
             return array
         return jax.tree.map(

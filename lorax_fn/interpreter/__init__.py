@@ -14,7 +14,7 @@ from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they re
     lookup,
     shapes,
 )
-from lorax_fn.interpreter.codes import dequantize
+from lorax_fn.interpreter.codes import dequantize, qwix_promotion
 from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.loop import interpret
@@ -34,5 +34,6 @@ __all__ = [
     "dequantize",
     "interpret",
     "labelled_dot",
+    "qwix_promotion",
     "wide_dtype",
 ]

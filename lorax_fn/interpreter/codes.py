@@ -9,9 +9,10 @@ way, and the operation is done on the dequantised array.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +34,12 @@ def dequantize(array: Any) -> jax.Array:
     import qwix
 
     if array.zero_point is not None or array.qvalue.size == 0:
-        return qwix.dequantize(array)
+        with qwix_promotion():
+            return qwix.dequantize(array)
 
     def dequantize_rows(codes: jax.Array, scales: jax.Array) -> jax.Array:
-        return qwix.dequantize(qwix.QArray(codes, scales, None, array.qtype))
+        with qwix_promotion():
+            return qwix.dequantize(qwix.QArray(codes, scales, None, array.qtype))
 
     split: list[int] = []
     for length, count in zip(array.shape[:-1], array.scale.shape[:-1], strict=True):
@@ -49,6 +52,13 @@ def dequantize(array: Any) -> jax.Array:
 def _tile(length: int, count: int) -> int:
     """How many entries of a dim share each of so many scales."""
     return length // count if count else 1
+
+
+@contextlib.contextmanager
+def qwix_promotion() -> Iterator[None]:
+    """The promotion of dtypes and ranks that qwix counts on, whatever the user's own setting."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
