@@ -12,7 +12,6 @@ from tests.battery.cases import FACTORED
 from tests.battery.materials import assert_close, materials
 from tests.battery.transforms import inner
 
-
 # One operation or two for each interpreter rule; all of them with ALL_OPERATIONS=1.
 OPERATIONS = [
     "dot/contract_around_out",
