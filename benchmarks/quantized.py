@@ -1,6 +1,6 @@
 """What a quantised frozen base saves and costs: float32, bfloat16, int8 and NF4 side by side.
 
-    python -m benchmarks.quantized              # 4 layers of width 512, rank 8, 40 steps
+    python -m benchmarks.quantized              # 4 layers of width 512, rank 8, 30 steps
     python -m benchmarks.quantized --smoke      # a few seconds
 
 A transformer is first trained for some steps as a whole, in float32, so that there is something to
@@ -33,6 +33,7 @@ from benchmarks.model import STRUCTURES, Config, Transformer
 Pytree = Any
 
 BASES = ("float32", "bfloat16", "int8", "nf4")
+ALPHABET = 32  # tokens that occur: few, so that some steps learn what follows each
 MATRICES = r".*/(kernel|embedding)"
 KERNELS = r".*/(query|key|value|out|up|down)/kernel"
 SMOKE = {
@@ -82,9 +83,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=64, dest="length", help="tokens in an example")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--block", type=int, default=64, help="weights that share a scale")
-    parser.add_argument("--pretraining", type=int, default=60, help="steps that make the base")
-    parser.add_argument("--steps", type=int, default=40, help="steps of LoRA on it")
-    parser.add_argument("--rounds", type=int, default=5, help="times each step is timed")
+    parser.add_argument("--pretraining", type=int, default=40, help="steps that make the base")
+    parser.add_argument("--steps", type=int, default=30, help="steps of LoRA on it")
+    parser.add_argument("--rounds", type=int, default=3, help="times each step is timed")
     parser.add_argument(
         "--structures", nargs="+", choices=STRUCTURES, default=["plain", "scan", "remat"]
     )
@@ -129,7 +130,7 @@ def measure(options: argparse.Namespace, structure: str) -> dict[str, Row]:
 def batch_of(options: argparse.Namespace, task: int, i: int) -> jax.Array:
     """Tokens (batch, length) of a task: each follows from the one before, but for a tenth."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(task), i), 3)
-    size = Config().vocabulary
+    size = ALPHABET
 
     def follow(
         token: jax.Array, inputs: tuple[jax.Array, jax.Array]
