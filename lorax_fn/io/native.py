@@ -27,6 +27,7 @@ from lorax_fn.io.tensors import (
     replacing,
     write_tensors,
 )
+from lorax_fn.leaves import structure
 from lorax_fn.paths import leaves_with_paths
 
 Pytree = Any
@@ -193,4 +194,4 @@ def _parallel(params: Pytree, nodes: dict[str, Any]) -> Pytree:
         factors.append(node)
     if nodes:
         raise AdapterFileError(f"the factors adapt {min(nodes)!r}, where params have no leaf.")
-    return jax.tree.unflatten(jax.tree.structure(params), factors)
+    return jax.tree.unflatten(structure(params), factors)

@@ -13,6 +13,7 @@ from lorax_fn.io.names import Names, slots_of
 from lorax_fn.io.peft_config import WEIGHTS, read_config
 from lorax_fn.io.peft_reader import Reader
 from lorax_fn.io.tensors import TensorFile, open_tensors
+from lorax_fn.leaves import structure
 from lorax_fn.paths import leaves_with_paths
 
 Pytree = Any
@@ -64,7 +65,7 @@ def load_peft(
     paths = [path for path, _ in leaves_with_paths(params)]
     known = reader.paths
     factors = [reader.node(path) if path in known else None for path in paths]
-    return jax.tree.unflatten(jax.tree.structure(params), factors)
+    return jax.tree.unflatten(structure(params), factors)
 
 
 def open_weights(folder: Path) -> TensorFile:
