@@ -168,7 +168,7 @@ def inspect(
 def _evaluated(apply_fn: Callable[..., Any], events: dict[Event, None]) -> Callable[..., Any]:
     """The adapted function of (params, factors), which notes every event."""
 
-    def run(_: Any, params: Pytree, factors: Pytree, *args: Any, **kwargs: Any) -> Any:
+    def run(_: Any, params: Pytree, factors: Pytree, /, *args: Any, **kwargs: Any) -> Any:
         def note(event: Event) -> None:
             events[event] = None
 
