@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         models.append(judge(name, *adapted))
     print(f"\n{table(models)}\n")
     for model in models:
-        print(f"--- {model.name} writes:\n{model.samples[0]}\n")
+        print(f"--- {model.name} writes:\n" + "\n\n".join(model.samples) + "\n")
 
     options.out.mkdir(parents=True, exist_ok=True)
     figure.draw(options.out / "prose.png", models)

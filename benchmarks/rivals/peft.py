@@ -176,20 +176,27 @@ class Tied(nn.Module):
 def structures() -> dict[str, str]:
     """Which structures get factors. PyTorch has no scan and no dense layer of more dims."""
     modules = lambda *names: {"target_modules": list(names)}
-    experts = {"target_parameters": ["kernel"], "target_modules": []}
+    experts = {"target_parameters": ["0.kernel"], "target_modules": []}
     ids, x, images = torch.arange(12)[None], torch.randn(4, 8), torch.randn(2, 3, 8, 8)
     tried: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
         "Dense": (lambda: nn.Sequential(nn.Linear(8, 8)), x, modules("0")),
         "remat": (Checkpointed, x, modules("dense")),
         "embedding": (lambda: nn.Sequential(nn.Embedding(12, 8)), ids, modules("0")),
-        "tied output head": (Tied, ids, modules("embed") | {"ensure_weight_tying": True}),
+        "tied output head": (Tied, ids, modules("embed")),
         "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), images, modules("0")),
-        "experts, einsum": (Experts, torch.randn(3, 4, 8), experts),
-        "experts, ragged_dot": (Ragged, torch.randn(8, 8), experts),
+        "experts, einsum": (lambda: nn.Sequential(Experts()), torch.randn(3, 4, 8), experts),
+        "experts, ragged_dot": (lambda: nn.Sequential(Ragged()), torch.randn(8, 8), experts),
     }  # fmt: skip
     answers = {name: _attempt(*case) for name, case in tried.items()}
     none = "no such structure in PyTorch"
     return answers | {"scan over layers": none, "DenseGeneral": none}
+
+
+def _whether_the_head_follows(model: Tied) -> str:
+    """Whether both uses of the adapted embedding see the factors."""
+    rows = model.embed(torch.arange(12))
+    same = torch.allclose(model.head(torch.eye(8)).T, rows, atol=1e-6)
+    return "yes" if same else "the lookup alone is adapted, the tied head is not"
 
 
 def _attempt(make: Callable[[], nn.Module], x: torch.Tensor, options: dict[str, Any]) -> str:
@@ -206,6 +213,8 @@ def _attempt(make: Callable[[], nn.Module], x: torch.Tensor, options: dict[str, 
         after.sum().backward()
         if any(f.grad is None or not float(f.grad.abs().max()) > 0 for f in factors):
             return "a factor has no gradient"
+        if isinstance(model, Tied):
+            return _whether_the_head_follows(model)
     except Exception as error:  # noqa: BLE001 (whatever the library raises is the answer)
         first, *_ = str(error).strip().split("\n")
         return f"{type(error).__name__}: {first}"

@@ -1,4 +1,7 @@
-"""qwix: `LoraProvider` intercepts the model's operations (Linen or NNX; here Linen)."""
+"""qwix: `LoraProvider` intercepts the operations of Flax modules, Linen's or NNX's.
+
+The step is measured in Linen. A structure that cannot be adapted there is tried in NNX.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import qwix
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks.rivals import structures as shapes
@@ -33,7 +38,56 @@ class Step(JaxStep):
 
 def structures() -> dict[str, str]:
     """Which structures get factors."""
-    return shapes.attempt_all(_adapted)
+    answers = shapes.attempt_all(_adapted)
+    for name, module in IN_NNX.items():
+        if answers[name] != "yes":
+            x = shapes.MODELS[name][1]
+            answer = shapes.attempt(lambda module=module, x=x: _adapted_in_nnx(module(), x))
+            answers[name] = answer if answer == "yes" else answers[name]
+    return answers
+
+
+class Experts(nnx.Module):
+    def __init__(self) -> None:
+        shape = shapes.EXPERTS, shapes.WIDTH, shapes.WIDTH
+        self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), shape))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("etd,edf->etf", x, self.kernel[...])
+
+
+class Ragged(Experts):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(x, self.kernel[...], jnp.array([3, 0, 5]))
+
+
+class Embedding(nnx.Module):
+    def __init__(self) -> None:
+        self.dense = nnx.Embed(shapes.TOKENS, shapes.WIDTH, rngs=nnx.Rngs(0))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.dense(ids)
+
+
+class Tied(Embedding):
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.dense.attend(nnx.tanh(self.dense(ids)))
+
+
+IN_NNX = {
+    "embedding": Embedding,
+    "tied output head": Tied,
+    "experts, einsum": Experts,
+    "experts, ragged_dot": Ragged,
+}
+
+
+def _adapted_in_nnx(model: nnx.Module, x: jax.Array) -> shapes.Adapted:
+    provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=4.0)
+    adapted = qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1))
+    graph, trained, frozen = nnx.split(adapted, nnx.LoRAParam, ...)
+    run = jax.jit(lambda trained, frozen, x: nnx.merge(graph, trained, frozen)(x))
+    return lambda trained, x: run(trained, frozen, x), trained, x
 
 
 def _adapted(model: nn.Module, x: jax.Array) -> shapes.Adapted:

@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 SMOOTHING = 10  # steps
-WIDTH, LINES = 52, 12  # of a sample
+WIDTH, LINES = 52, 24  # of the samples
 
 
 def draw(file: Path, models: Sequence[Any]) -> None:
-    """Curves and bars above, one sample of each model below; the first one is the pretrained."""
+    """Curves and bars above, samples of each model below; the first one is the pretrained."""
     figure = plt.figure(figsize=(12, 8), layout="constrained")
-    grid = figure.add_gridspec(2, len(models))
+    grid = figure.add_gridspec(2, len(models), height_ratios=(2, 3))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     curves, bars = figure.add_subplot(grid[0, :2]), figure.add_subplot(grid[0, 2:])
     for model, color in zip(models[1:], colors[1:], strict=False):
@@ -36,7 +36,8 @@ def draw(file: Path, models: Sequence[Any]) -> None:
     bars.legend(fontsize="small")
     for i, (model, color) in enumerate(zip(models, colors, strict=False)):
         axes = figure.add_subplot(grid[1, i])
-        lines = [w for line in model.samples[0].split("\n") for w in (wrap(line, WIDTH) or [""])]
+        written = "\n\n".join(model.samples)
+        lines = [w for line in written.split("\n") for w in (wrap(line, WIDTH) or [""])]
         text = "\n".join(lines[:LINES]).replace("$", r"\$")
         axes.text(0, 1, text, va="top", family="monospace", fontsize=7.5)
         axes.set_title(f"{model.name} writes", color=color)
