@@ -6,7 +6,8 @@
 
 Each library runs in a process of its own, in an environment that this script makes in a temporary
 folder (`--environments` keeps it): the same transformer, weights, first factors, tokens and AdamW.
-Steps are timed in turn, a few of one library and then of the next. The libraries are used as their
+Steps are timed in turn, a few of one library and then of the next, by the clock and by the processor
+time of the process: on a shared machine, with `--cores 1`, the latter is what counts. The libraries are used as their
 own documentation says, each in `benchmarks/rivals/`. PyTorch is measured with its own counters:
 matrix products alone count as its FLOPs, and memory is the most that was allocated in a step.
 """
@@ -90,6 +91,8 @@ class Worker:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
+    if options.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     with tempfile.TemporaryDirectory() as folder:
         places = environments(options.peers, options.environments or Path(folder))
         report: dict[str, Any] = {"versions": versions(places)}
@@ -121,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="what is compared")
     add("--rounds", type=int, default=9, help="times each step is timed")
+    add("--cores", type=int, help="how many every library may use: 1 where a machine is shared")
     add("--environments", type=Path, help="folder of the environments; made where missing, kept")
     add("--json", type=Path, help="file to write the figures to")
     add("--picture", type=Path, help="PNG to draw")
@@ -166,21 +170,20 @@ def make(sizes: problem.Sizes) -> problem.Problem:
 
 
 def measure(workers: dict[str, Worker], folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Of each library its costs, and the seconds of its step, one a round; or its error."""
-    rows = {}
-    for name, worker in workers.items():
-        rows[name] = worker.ask("prepare", folder)
-    calls = {name: math.ceil(0.1 / worker.ask("time", 1)) for name, worker in workers.items()}
-    times: dict[str, list[float]] = {name: [] for name in workers}
+    """Of each library its costs and its step's seconds; ratios are medians over the rounds."""
+    rows = {name: worker.ask("prepare", folder) for name, worker in workers.items()}
+    calls = {name: math.ceil(0.1 / worker.ask("time", 1)[1]) for name, worker in workers.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     names = list(workers)
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             times[name].append(workers[name].ask("time", calls[name]))
-    first = np.array(times[names[0]])
+    first = np.array(times[names[0]])  # (rounds, 2)
     for name, row in rows.items():
-        row["step"] = float(np.median(times[name]))
-        row["ratio"] = float(np.median(np.array(times[name]) / first))
+        row["clock"], row["processor"] = np.median(times[name], axis=0).tolist()
+        ratios = np.median(np.array(times[name]) / first, axis=0).tolist()
+        row["clock_ratio"], row["processor_ratio"] = ratios
     return rows
 
 
@@ -204,12 +207,25 @@ def check(rows: dict[str, dict[str, Any]]) -> None:
 def render(rows: dict[str, dict[str, Any]]) -> str:
     """One line for each library."""
     losses = [f"loss {step}" for step in range(problem.STEPS)]
-    header = ("", "step ms", "ratio", "GFLOP", "temp MiB", "trace+lower s", "compile s", *losses)
+    header = (
+        "",
+        "clock ms",
+        "",
+        "processor ms",
+        "",
+        "GFLOP",
+        "temp MiB",
+        "trace+lower s",
+        "compile s",
+        *losses,
+    )
     lines = [
         (
             NAMES.get(name, name),
-            f"{1e3 * row['step']:.1f}",
-            f"{row['ratio']:.2f}×",
+            f"{1e3 * row['clock']:.1f}",
+            f"{row['clock_ratio']:.2f}×",
+            f"{1e3 * row['processor']:.1f}",
+            f"{row['processor_ratio']:.2f}×",
             f"{row['flops'] / 1e9:.3f}",
             f"{row['temp_bytes'] / 2**20:.1f}",
             f"{row['trace_and_lower']:.2f}" if row["compile"] else "-",
@@ -253,14 +269,14 @@ def draw(file: Path, report: dict[str, Any]) -> None:
     )
     for i, (size, rows) in enumerate(report["costs"].items()):
         places = np.arange(len(rows)) + 0.4 * i - 0.2
-        ratios = [row["ratio"] for row in rows.values()]
+        ratios = [row["processor_ratio"] for row in rows.values()]
         bars = left.barh(places, ratios, 0.38, label=f"{size} model")
         left.bar_label(bars, fmt="%.2f", padding=2, fontsize="small")
     labels = [NAMES.get(name, name) for name in rows]
     left.set_yticks(range(len(labels)), labels)
     left.invert_yaxis()
     left.axvline(1, color="gray", lw=0.8)
-    left.set(title="training step, time against lorax_fn's")
+    left.set(title="processor time of a training step, lorax_fn's = 1")
     left.legend(fontsize="small")
     kinds = list(structures.MODELS)
     good = np.array([[report["structures"][n][kind] == "yes" for n in names] for kind in kinds])

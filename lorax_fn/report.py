@@ -67,9 +67,9 @@ class Totals:
     adapted_flops: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """What `inspect` returns: `str()` is an aligned table, `to_markdown()` one in Markdown."""
+    """What `inspect` returns: printed, an aligned table; `to_markdown()` gives one in Markdown."""
 
     rows: tuple[Row, ...]
     totals: Totals
@@ -79,7 +79,7 @@ class Report:
         """The paths of the leaves that were added up."""
         return [row.path for row in self.rows if row.dense]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{aligned(_HEADER, self._cells())}\n{self._summary()}"
 
     def to_markdown(self) -> str:

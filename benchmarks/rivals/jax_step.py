@@ -70,13 +70,10 @@ class JaxStep:
             "losses": losses,
         }
 
-    def time(self, calls: int) -> float:
-        """The mean seconds of a step."""
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = self.compiled(self.trained, self.state, self.frozen, self.tokens)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / calls
+    def __call__(self) -> None:
+        """One step, waited for."""
+        operands = self.trained, self.state, self.frozen, self.tokens
+        jax.block_until_ready(self.compiled(*operands))
 
 
 def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -98,13 +97,6 @@ class Step:
             "trained": self.count,
             "losses": losses,
         }
-
-    def time(self, calls: int) -> float:
-        """The mean seconds of a step."""
-        begin = time.perf_counter()
-        for _ in range(calls):
-            self()
-        return (time.perf_counter() - begin) / calls
 
 
 def _load(model: nn.Module, problem: Problem) -> None:

@@ -30,6 +30,15 @@ class Rule(abc.ABC):
     targets: Any
     exclude: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives each kind the `repr` of this class, which `dataclass` then leaves alone."""
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = Rule.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """The call that makes it, without what stands at its default."""
+        return f"{type(self).__name__}({', '.join([repr(self.targets), *_settings(self)])})"
+
     @abc.abstractmethod
     def make(self, key: jax.Array, path: str, leaf: Any, axes: Axes | None) -> Adapter | None:
         """The node for one leaf (an array, or anything with its shape and dtype), or None.
@@ -48,6 +57,15 @@ class Adapter(abc.ABC):
     """
 
     kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives each kind the `repr` of this class, which `dataclass` then leaves alone."""
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = Adapter.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Shapes in place of arrays, and no setting that stands at its default."""
+        return f"{type(self).__name__}({', '.join(_settings(self))})"
 
     @abc.abstractmethod
     def check(self, path: str, leaf: Any) -> None:
@@ -79,6 +97,30 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def trainable(self) -> Adapter:
         """The node with each of its arrays replaced by whether it is trained."""
+
+
+def _settings(node: Any) -> list[str]:
+    """`name=value` of the fields of a dataclass; `name=float32[4,2]` where it holds an array."""
+    shown = []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if field.name == "targets" or _is_default(value, field.default):
+            continue
+        shown.append(f"{field.name}={_short(value)}")
+    return shown
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    same_kind = type(value) is type(default)  # arrays do not compare to a single answer
+    return value is default or (same_kind and not hasattr(value, "shape") and value == default)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return f"({', '.join(map(_short, value))})"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return value.__name__ if isinstance(value, type) else repr(value)
 
 
 def is_adapter(node: Any) -> bool:
