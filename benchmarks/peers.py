@@ -6,10 +6,11 @@
 
 Each library runs in a process of its own, in an environment that this script makes in a temporary
 folder (`--environments` keeps it): the same transformer, weights, first factors, tokens and AdamW.
-Steps are timed in turn, a few of one library and then of the next, by the clock and by the processor
-time of the process: on a shared machine, with `--cores 1`, the latter is what counts. The libraries are used as their
-own documentation says, each in `benchmarks/rivals/`. PyTorch is measured with its own counters:
-matrix products alone count as its FLOPs, and memory is the most that was allocated in a step.
+Steps are timed in turn, a few of one library and then of the next, by the clock and by the
+processor time of the process: on a shared machine, with `--cores 1`, the latter is what counts. The
+libraries are used as their own documentation says, each in `benchmarks/rivals/`. PyTorch is
+measured with its own counters: matrix products alone count as its FLOPs, and memory is the most
+that was allocated in a step.
 """
 
 from __future__ import annotations
