@@ -14,11 +14,11 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from minilm import data, weights
+from minilm import data, encoder, weights
 from minilm.data import Split
 from minilm.encoder import Classifier
 from minilm.linear_head import head_on_encoder
-from minilm.training import Run, batches, fit, optimiser, train_step
+from minilm.training import Run, batches, fit, optimiser, predict, train_step
 
 import lorax_fn as lora
 
@@ -29,9 +29,11 @@ __all__ = [
     "Split",
     "Task",
     "batches",
+    "encoder",
     "fit",
     "load",
     "optimiser",
+    "predict",
     "train_step",
 ]
 

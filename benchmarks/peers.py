@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers                       # makes an environment for each library
     python -m benchmarks.peers --smoke --peers lorax_fn handwritten nnx
-    python -m benchmarks.peers --picture benchmarks/peers.png --json peers.json
+    python -m benchmarks.peers --picture docs/figures/peers.png --json peers.json
 
 Each library runs in a process of its own, in an environment that this script makes in a temporary
 folder (`--environments` keeps it): the same transformer, weights, first factors, tokens and AdamW.
@@ -60,6 +60,8 @@ SIZES = {
 }
 SMOKE = {"smoke": problem.Sizes(layers=1, width=32, batch=2, length=8, rank=2, alpha=4)}
 TOLERANCE = 1e-4  # of a loss
+ABSENT = "n/a"  # how an answer begins where a library's framework has no such structure
+MARKS = {"yes": ("✓", "#76c368"), ABSENT: ("n/a", "#dddddd"), "no": ("–", "#f47b4b")}
 
 
 class Worker:
@@ -86,8 +88,8 @@ class Worker:
 
     def end(self) -> None:
         """Lets the process go."""
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # closes its pipes, and waits
+            self.process.stdin.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -245,9 +247,11 @@ def coverage(answers: dict[str, dict[str, str]]) -> str:
     for structure in structures.MODELS:
         cells = []
         for each in answers.values():
-            answer = short(each[structure])
-            mark = "yes" if answer == "yes" else f"no ({notes.setdefault(answer, len(notes) + 1)})"
-            cells.append(mark)
+            answer = each[structure]
+            if answer == "yes" or answer.startswith(ABSENT):
+                cells.append(answer[:3])
+            else:
+                cells.append(f"no ({notes.setdefault(short(answer), len(notes) + 1)})")
         rows.append((structure, *cells))
     return "\n".join([align(rows), "", *(f"({number}) {note}" for note, number in notes.items())])
 
@@ -273,6 +277,7 @@ def draw(file: Path, report: dict[str, Any]) -> None:
         ratios = [row["processor_ratio"] for row in rows.values()]
         bars = left.barh(places, ratios, 0.38, label=f"{size} model")
         left.bar_label(bars, fmt="%.2f", padding=2, fontsize="small")
+    left.margins(x=0.12)
     labels = [NAMES.get(name, name) for name in rows]
     left.set_yticks(range(len(labels)), labels)
     left.invert_yaxis()
@@ -280,11 +285,12 @@ def draw(file: Path, report: dict[str, Any]) -> None:
     left.set(title="processor time of a training step, lorax_fn's = 1")
     left.legend(fontsize="small")
     kinds = list(structures.MODELS)
-    good = np.array([[report["structures"][n][kind] == "yes" for n in names] for kind in kinds])
-    right.imshow(good, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")
-    for row, column in np.ndindex(good.shape):
-        mark = "✓" if good[row, column] else "–"
-        right.text(column, row, mark, ha="center", va="center")
+    for place in np.ndindex(len(kinds), len(names)):
+        answer = report["structures"][names[place[1]]][kinds[place[0]]]
+        mark, color = MARKS.get(answer[:3], MARKS["no"])
+        right.add_patch(plt.Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, color=color))
+        right.text(place[1], place[0], mark, ha="center", va="center")
+    right.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(kinds) - 0.5, -0.5))
     right.set_xticks(range(len(names)), [NAMES.get(name, name) for name in names])
     right.set_yticks(range(len(kinds)), kinds)
     right.set(title="what each can adapt with low-rank factors")

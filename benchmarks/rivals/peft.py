@@ -180,7 +180,7 @@ def structures() -> dict[str, str]:
         "experts, ragged_dot": (lambda: nn.Sequential(Ragged()), torch.randn(8, 8), experts),
     }  # fmt: skip
     answers = {name: _attempt(*case) for name, case in tried.items()}
-    none = "no such structure in PyTorch"
+    none = "n/a: no such structure in PyTorch"
     return answers | {"scan over layers": none, "DenseGeneral": none}
 
 
@@ -200,7 +200,7 @@ def _attempt(make: Callable[[], nn.Module], x: torch.Tensor, options: dict[str, 
         for factor in factors:
             factor.data.fill_(0.1)
         after = adapted(x).float()
-        if not float((after - before).abs().max()) > 1e-6:
+        if not float((after - before).detach().abs().max()) > 1e-6:
             return "the factors change nothing"
         after.sum().backward()
         if any(f.grad is None or not float(f.grad.abs().max()) > 0 for f in factors):
