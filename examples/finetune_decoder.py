@@ -178,6 +178,12 @@ def next_token_losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def nats(net: Decoder, params: Pytree, tokens: jax.Array) -> jax.Array:
+    """The loss of all tokens after each window's first, added up."""
+    return next_token_losses(net.apply(params, tokens), tokens).sum()
+
+
 def judged(
     net: Decoder,
     tokens: dict[str, dict[str, np.ndarray]],
@@ -190,12 +196,11 @@ def judged(
     losses: list[float],
 ) -> Model:
     """The plain model with these params, tested on both kinds of text and sampled from."""
-    losses_of = jax.jit(lambda params, t: next_token_losses(net.apply(params, t), t).sum())
 
     def bits_a_byte(tokens: np.ndarray) -> float:
         tested = corpus.windows(tokens, options.length, TESTED)
         size = sum(len(text.encode()) for text in tokenizer.decode_batch(tested[:, 1:].tolist()))
-        return float(losses_of(params, jnp.asarray(tested))) / math.log(2) / size
+        return float(nats(net, params, jnp.asarray(tested))) / math.log(2) / size
 
     bits = {kind: bits_a_byte(splits["test"]) for kind, splits in tokens.items()}
     samples = sample(

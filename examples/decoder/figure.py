@@ -38,12 +38,18 @@ def draw(file: Path, models: Sequence[Any]) -> None:
         axes = figure.add_subplot(grid[1, i])
         written = "\n\n".join(model.samples)
         lines = [w for line in written.split("\n") for w in (wrap(line, WIDTH) or [""])]
-        text = "\n".join(lines[:LINES]).replace("$", r"\$")
+        text = _plain("\n".join(lines[:LINES]))
         axes.text(0, 1, text, va="top", family="monospace", fontsize=7.5)
         axes.set_title(f"{model.name} writes", color=color)
         axes.set_axis_off()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """What every font has, and no mathematics: a model may write any byte."""
+    shown = (c if c == "\n" or (c.isascii() and c.isprintable()) else "?" for c in text)
+    return "".join(shown).replace("$", r"\$")
 
 
 def _smooth(losses: Sequence[float]) -> np.ndarray:

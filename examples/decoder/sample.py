@@ -1,5 +1,6 @@
 """Text from a model, token by token."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,22 +29,31 @@ def sample(
     """
     end = tokenizer.token_to_id(SEPARATOR)
     encoded = [[end, *tokenizer.encode(prompt).ids] for prompt in prompts]
-    longest = jnp.array([len(ids) for ids in encoded])
+    given = jnp.array([len(ids) for ids in encoded])
     start = jnp.array([ids + [0] * (length - len(ids)) for ids in encoded])
 
-    @jax.jit
-    def write(params: Any, start: jax.Array, key: jax.Array) -> jax.Array:
-        def next_token(i: jax.Array, carry: tuple) -> tuple:
-            tokens, key = carry
-            key, drawn = jax.random.split(key)
-            logits = apply(params, tokens)[:, i - 1] / TEMPERATURE  # (prompts, vocabulary)
-            token = jnp.where(i < longest, tokens[:, i], jax.random.categorical(drawn, logits))
-            return tokens.at[:, i].set(token), key
-
-        return lax.fori_loop(1, length, next_token, (start, key))[0]
-
-    written = write(params, start, jax.random.key(seed)).tolist()
+    written = _write(apply, params, start, given, jax.random.key(seed)).tolist()
     return [tokenizer.decode(_until(ids[1:], end)) for ids in written]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _write(
+    apply: Callable[..., jax.Array],
+    params: Any,
+    start: jax.Array,
+    given: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Tokens (prompts, length); the first `given` (prompts,) of them stay as they are."""
+
+    def next_token(i: jax.Array, carry: tuple) -> tuple:
+        tokens, key = carry
+        key, drawn = jax.random.split(key)
+        logits = apply(params, tokens)[:, i - 1] / TEMPERATURE  # (prompts, vocabulary)
+        token = jnp.where(i < given, tokens[:, i], jax.random.categorical(drawn, logits))
+        return tokens.at[:, i].set(token), key
+
+    return lax.fori_loop(1, start.shape[1], next_token, (start, key))[0]
 
 
 def _until(ids: list[int], end: int) -> list[int]:
