@@ -1,6 +1,8 @@
 """The documentation: each page's code runs, in order; each public name has its place in the API."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -52,6 +54,19 @@ def test_blocks_that_do_not_run_are_marked_and_still_are_python(page):
                 for text in code.split("\n")
             ]  # a tab's block is indented
             compile("\n".join(lines), f"{name_of(page)}:{line}", "exec")
+
+
+def test_what_a_docstring_shows_becomes_its_examples(monkeypatch):
+    griffe = types.SimpleNamespace(Extension=object, Object=object)
+    monkeypatch.setitem(sys.modules, "griffe", griffe)
+    code = (ROOT / "docs" / "doctests.py").read_text()
+    namespace: dict = {"__name__": "doctests"}
+    exec(compile(code, "doctests.py", "exec"), namespace)
+    with_heading = namespace["with_heading"]
+    assert with_heading("Says so.\n\n>>> f(1)\n2") == (
+        "Says so.\n\n\nExamples:\n    >>> f(1)\n    2"
+    )
+    assert with_heading("Has none: a >>> b.") == "Has none: a >>> b."
 
 
 def test_the_reference_has_every_public_name():

@@ -154,7 +154,7 @@ def test_readme_has_no_other_command():
 def test_files_name_no_machine():
     machine = re.compile(r"(?<![\w.~/-])/(?:work|root|home|opt)/")
     registry = re.compile(r"pypi\.org|pythonhosted\.org|--(?:extra-)?index-url")
-    folders = ("lorax_fn", "tests", "examples", "benchmarks", ".ci")
+    folders = ("lorax_fn", "tests", "examples", "benchmarks", "docs", "notebooks", ".ci")
     files = [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".yaml"}]
     files += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     read = {".py", ".md", ".toml", ".yaml", ".json", ".sh", ""}

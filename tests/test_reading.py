@@ -7,6 +7,7 @@ import pydoc
 import jax
 import jax.numpy as jnp
 import pytest
+import treescope
 
 import lorax_fn as lora
 from lorax_fn.adapters.base import Adapter, Rule
@@ -77,7 +78,6 @@ def test_a_report_is_a_table_wherever_it_is_shown():
 
 
 def test_treescope_renders_factors():
-    treescope = pytest.importorskip("treescope")
     text = treescope.render_to_text(made(*RULES))
     assert "LoRAFactors(" in text
     assert "float32(8, 2)" in text

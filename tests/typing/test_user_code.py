@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from . import user_code
 
@@ -32,7 +31,6 @@ MISTAKES = [
 
 
 def test_mypy_sees_mistakes(tmp_path):
-    pytest.importorskip("mypy")
     text = (ROOT / "tests" / "typing" / "user_code.py").read_text()
     lines = {}
     for good, bad, said in MISTAKES:
