@@ -14,6 +14,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import finetune_vision
 from minilm import data, encoder, weights
 from minilm.data import Split
 from minilm.encoder import Classifier
@@ -30,6 +31,7 @@ __all__ = [
     "Task",
     "batches",
     "encoder",
+    "finetune_vision",
     "fit",
     "load",
     "optimiser",

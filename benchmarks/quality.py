@@ -1,11 +1,10 @@
 """What rank, alpha and targets are worth on a real task, against full fine-tuning: three seeds.
 
-    python -m benchmarks.quality                                 # about fifteen minutes of one core
-    python -m benchmarks.quality --layers 6 --steps 220 --picture quality.png   # the whole encoder
+    python -m benchmarks.quality                                   # digits: a few minutes of a core
+    python -m benchmarks.quality --task minilm --layers 6 --steps 220    # hours of two cores
 
-The task is that of `examples/finetune_minilm.py`. The last `--layers` layers of the encoder are
-adapted; what goes before them is frozen, so its output is computed once. Adapters of the same rules
-are trained in one step: `lorax_fn.stack`, and `jax.vmap` over factors, scales and batches.
+All seeds of like settings are trained in one step: `lorax_fn.stack`, and `jax.vmap` over factors,
+scales and batches.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +25,12 @@ from tqdm import tqdm
 
 import lorax_fn as lora
 from benchmarks.cost import align, machine
-from benchmarks.minilm_task import BATCH, HEAD, Split, batches, encoder, load, predict
+from benchmarks.quality_tasks import TASKS, Examples, Task
 
-CONFIG = encoder.Config()
-RANKS = (1, 2, 4, 8, 16, 32, 64)  # at alpha = 2 · rank
-ALPHAS = (4.0, 8.0, 32.0, 64.0)  # at rank 8
-KERNELS, QUERY_VALUE = r".*/kernel", r".*/(query|value)/kernel"
-LR, FULL_LR = 2e-3, 3e-4
+RANK = 8  # at which alpha is swept
+ALPHAS = (4.0, 8.0, 32.0, 64.0)  # beside 16, which the sweep of ranks has
+Pytree = Any
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,249 +38,188 @@ class Setting:
     """One row: LoRA with these numbers, or full fine-tuning where there is no rank."""
 
     rank: int | None
-    alpha: float
-    targets: str = KERNELS
-
-    @property
-    def name(self) -> str:
-        if self.rank is None:
-            return "full fine-tuning"
-        where = "q, v" if self.targets == QUERY_VALUE else "every kernel"
-        return f"rank {self.rank}, alpha {self.alpha:g}, {where}"
+    alpha: float = 0.0
+    few: bool = False  # some of the weights instead of all
 
     @property
     def group(self) -> tuple:
         """Settings that are trained in one step: of one shape, or padded to it at little cost."""
-        return self.rank is None, self.targets, (self.rank or 0) > 8
+        return self.rank is None, self.few, (self.rank or 0) > RANK
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank if self.rank else 1.0
 
 
-SETTINGS = (
-    *(Setting(rank, 2.0 * rank) for rank in RANKS),
-    *(Setting(8, alpha) for alpha in ALPHAS),
-    Setting(8, 16.0, QUERY_VALUE),
-    Setting(None, 0.0),
-)
-
-
-class Beginning(nn.Module):
-    """Token ids to hidden states (batch, time, width), before the layers that are adapted."""
-
-    layers: int
-
-    @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        x = encoder.Embeddings(CONFIG, name="embeddings")(ids)
-        for i in range(CONFIG.layers - self.layers):
-            x = encoder.Layer(CONFIG, name=str(i))(x, mask.astype(bool))
-        return x
-
-
-class Ending(nn.Module):
-    """Hidden states to logits (batch, classes)."""
-
-    layers: int
-    classes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        for i in range(CONFIG.layers - self.layers, CONFIG.layers):
-            x = encoder.Layer(CONFIG, name=str(i))(x, mask.astype(bool))
-        share = mask.astype(x.dtype)[:, :, None]
-        pooled = (x * share).sum(1) / share.sum(1)
-        unit = pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
-        return nn.Dense(self.classes, name="classifier")(unit * CONFIG.feature_scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The function that is adapted, its frozen variables, and splits whose ids are its inputs."""
-
-    model: nn.Module
-    variables: dict[str, Any]
-    splits: dict[str, Split]
-
-    @functools.cached_property
-    def axes(self) -> Any:
-        """How the model uses its weights."""
-        example = self.splits["train"].take(slice(BATCH))
-        return lora.infer_axes(self.model.apply, self.variables, example.ids, example.mask)
-
-    def factors(self, setting: Setting, seed: int) -> Any:
-        """The scale is left out of them: it is an operand of the step."""
-        of_layers = r"params/\d/.*"
-        rule: Any = lora.Full(of_layers)
-        if setting.rank is not None:
-            rule = lora.LoRA(setting.targets, rank=setting.rank, exclude=r".*/classifier/.*")
-        return lora.init(jax.random.key(seed), self.variables, [rule, HEAD], axes=self.axes)
+FULL = Setting(None)
+FEW = Setting(RANK, 2.0 * RANK, few=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     report = {"machine": machine(), "options": vars(options) | {"json": None, "picture": None}}
     print("  ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    problem = prepare(options.layers, options.limit)
-    rows: dict[Setting, dict[str, Any]] = {}
-    for group in dict.fromkeys(setting.group for setting in SETTINGS):
-        settings = [setting for setting in SETTINGS if setting.group == group]
-        rows |= train(problem, settings, options)
-        print(f"\n{render(rows)}", flush=True)
-    report["rows"] = {setting.name: row for setting, row in rows.items()}
+    task = TASKS[options.task](options)
+    settings = settings_of(task)
+    rows: dict[Setting, Row] = {}
+    for group in dict.fromkeys(setting.group for setting in settings):
+        rows |= train(task, [each for each in settings if each.group == group], options)
+        print(f"\n{render(task, rows)}", flush=True)
+    report["rows"] = {name_of(task, setting): row for setting, row in rows.items()}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.picture:
-        draw(options.picture, rows)
+        draw(options.picture, task, rows)
     return report
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=2, help="how many of the last are adapted")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument("--layers", type=int, default=2, help="minilm: how many are adapted")
+    parser.add_argument("--limit", type=int, help="minilm: cap the examples of each split")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int, help="cap the examples of each split")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     return parser.parse_args(arguments)
 
 
-def prepare(layers: int, limit: int | None) -> Problem:
-    """The task, its frozen beginning computed; the head is the one trained on the frozen model."""
-    task = load(limit)
-    bert, first = task.variables["params"]["bert"], CONFIG.layers - layers
-    frozen = {str(i): bert["encoder"]["layer"][str(i)] for i in range(CONFIG.layers)}
-    last = {name: frozen.pop(name) for name in [*frozen][first:]}
-    begin = {"params": {"embeddings": bert["embeddings"], **frozen}}
-    encode = functools.partial(jax.jit(Beginning(layers).apply), begin)
-    head = task.variables["params"]["classifier"]
-    splits = {
-        name: dataclasses.replace(split, ids=predict(encode, split, BATCH))
-        for name, split in task.splits.items()
-    }
-    model = Ending(layers, head["bias"].shape[0])
-    return Problem(model, {"params": {**last, "classifier": head}}, splits)
+def settings_of(task: Task) -> tuple[Setting, ...]:
+    """Ranks at alpha = 2 · rank, alphas at one rank, some of the weights, and full fine-tuning."""
+    ranks = (Setting(rank, 2.0 * rank) for rank in task.ranks)
+    return (*ranks, *(Setting(RANK, alpha) for alpha in ALPHAS), FEW, FULL)
+
+
+def name_of(task: Task, setting: Setting) -> str:
+    if setting.rank is None:
+        return "full fine-tuning"
+    where = task.few[1] if setting.few else "every kernel"
+    return f"rank {setting.rank}, alpha {setting.alpha:g}, {where}"
+
+
+def factors_of(task: Task, setting: Setting, seed: int) -> Pytree:
+    """The scale is left out of them: it is an operand of the step."""
+    if setting.rank is None:
+        rules: list[Any] = [lora.Full(r".*", exclude=task.frozen)]
+    else:
+        targets = task.few[0] if setting.few else task.kernels
+        rules = [lora.LoRA(targets, rank=setting.rank), task.head]
+    return lora.init(jax.random.key(seed), task.params, rules, axes=task.axes)
 
 
 def train(
-    problem: Problem, settings: Sequence[Setting], options: argparse.Namespace
-) -> dict[Setting, dict[str, Any]]:
+    task: Task, settings: Sequence[Setting], options: argparse.Namespace
+) -> dict[Setting, Row]:
     """All seeds of all settings in one step."""
     each = [(setting, seed) for setting in settings for seed in range(options.seeds)]
-    factors = lora.stack([problem.factors(*one) for one in each])
+    factors = lora.stack([factors_of(task, *one) for one in each])
     scales = jnp.array([setting.scale for setting, _ in each], jnp.float32)
-    apply = lora.wrap(problem.model.apply)
-    peak = FULL_LR if settings[0].rank is None else LR
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, max(1, options.steps // 10), options.steps
-    )
+    apply = lora.wrap(task.apply)
+    peak, warmup = task.full_lr if settings[0] == FULL else task.lr, max(1, options.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, options.steps)
     tx = lora.freeze(optax.adam(schedule))
 
-    def loss_of(factors: Any, scale: jax.Array, batch: Split) -> jax.Array:
-        logits = apply(problem.variables, scaled(factors, scale), batch.ids, batch.mask)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+    def loss_of(factors: Pytree, scale: jax.Array, params: Pytree, inputs: Any, labels: Any) -> Any:
+        logits = apply(params, scaled(factors, scale), *inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(factors: Any, state: Any, batch: Split) -> tuple:
-        total = lambda factors: jax.vmap(loss_of)(factors, scales, batch).sum()
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(params: Pytree, factors: Pytree, state: Any, inputs: Any, labels: Any) -> tuple:
+        losses = jax.vmap(loss_of, (0, 0, None, 0, 0))
+        total = lambda factors: losses(factors, scales, params, inputs, labels).sum()
         updates, state = tx.update(jax.grad(total)(factors), state, factors)
         return optax.apply_updates(factors, updates), state
 
     state = tx.init(factors)
-    for batch in tqdm(together(problem, each, options.steps), total=options.steps, desc="step"):
-        factors, state = step(factors, state, batch)
-    rows: dict[Setting, dict[str, Any]] = {}
+    drawn = together(task, [seed for _, seed in each], options.steps)
+    for batch in tqdm(drawn, total=options.steps, desc=f"{len(each)} adapters", unit="step"):
+        factors, state = step(task.params, factors, state, batch.inputs, batch.labels)
+    rows: dict[Setting, Row] = {}
     for i, (setting, _) in enumerate(each):
-        merged = lora.merge(problem.variables, scaled(lora.take(factors, i), scales[i]))
-        row = rows.setdefault(setting, {"trained": trained_numbers(problem, setting)})
-        for split in ("validation", "test"):
-            row.setdefault(split, []).append(accuracy(problem, merged, split))
+        merged = lora.merge(task.params, scaled(lora.take(factors, i), scales[i]))
+        row = rows.setdefault(setting, {"trained": trained(task, setting), "test": [], "kept": []})
+        row["test"].append(task.accuracy(merged))
+        if task.kept is not None:
+            row["kept"].append(task.kept(merged))
     return rows
 
 
-def scaled(factors: Any, scale: Any) -> Any:
+def scaled(factors: Pytree, scale: Any) -> Pytree:
     """LoRA's change times a scale that may be traced; `Full` has none."""
     is_lora = lambda node: hasattr(node, "b")
     scale_one = lambda node: dataclasses.replace(node, b=scale * node.b) if is_lora(node) else node
     return jax.tree.map(scale_one, factors, is_leaf=is_lora)
 
 
-def together(problem: Problem, each: Sequence[tuple[Setting, int]], steps: int) -> Iterable[Split]:
-    """Of every step the batches of all adapters, stacked: an adapter's order is its seed's."""
-    orders = [batches(problem.splits["train"], steps, BATCH, seed) for _, seed in each]
-    for drawn in zip(*orders, strict=True):
-        yield jax.tree.map(lambda *parts: np.stack(parts), *drawn)
+def together(task: Task, seeds: Sequence[int], steps: int) -> Iterator[Examples]:
+    """Of every step the batches of all adapters, stacked; equal seeds see equal batches."""
+    own = sorted(set(seeds))
+    for drawn in zip(*(task.train(steps, seed) for seed in own), strict=True):
+        batch = [drawn[own.index(seed)] for seed in seeds]
+        inputs = tuple(np.stack(parts) for parts in zip(*(b.inputs for b in batch), strict=True))
+        yield Examples(inputs, np.stack([b.labels for b in batch]))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: nn.Module, params: Any, x: Any, mask: Any) -> jax.Array:
-    return model.apply(params, x, mask)
+def trained(task: Task, setting: Setting) -> int:
+    """How many numbers are trained, the head's among them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(factors_of(task, setting, 0)))
 
 
-def accuracy(problem: Problem, params: Any, split: str) -> float:
-    """Of the plain model with merged params."""
-    data = problem.splits[split]
-    logits = predict(functools.partial(_logits, problem.model, params), data, 4 * BATCH)
-    return float((logits.argmax(-1) == data.labels).mean())
-
-
-def trained_numbers(problem: Problem, setting: Setting) -> int:
-    """How many numbers are trained, the head's left out."""
-    factors = jax.eval_shape(lambda: problem.factors(setting, 0))["params"]
-    return sum(leaf.size for leaf in jax.tree.leaves(factors | {"classifier": None}))
-
-
-def render(rows: dict[Setting, dict[str, Any]]) -> str:
-    header = ("", "test", "each seed", "validation", "trained", "of the layers")
-    whole = rows.get(SETTINGS[-1], {}).get("trained")
+def render(task: Task, rows: dict[Setting, Row]) -> str:
+    whole = sum(leaf.size for leaf in jax.tree.leaves(task.params))
+    header = ("", "test", "each seed", "kept", "trained", "of the model")
     lines = [
         (
-            setting.name,
+            name_of(task, setting),
             f"{np.mean(row['test']):.1%}",
             " ".join(f"{value:.1%}" for value in row["test"]),
-            f"{np.mean(row['validation']):.1%}",
+            f"{np.mean(row['kept']):.1%}" if row["kept"] else "",
             f"{row['trained']:,}",
-            f"{row['trained'] / whole:.1%}" if whole else "",
+            f"{row['trained'] / whole:.1%}",
         )
         for setting, row in rows.items()
     ]
     return align([header, *lines])
 
 
-def draw(file: Path, rows: dict[Setting, dict[str, Any]]) -> None:
-    """Accuracy against rank and against alpha, full fine-tuning as a line."""
+def draw(file: Path, task: Task, rows: dict[Setting, Row]) -> None:
+    """Accuracy against rank and against alpha, what was kept below; full fine-tuning as a line."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import PercentFormatter
 
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
-    plain = [setting for setting in rows if setting.rank and setting.targets == KERNELS]
+    shown = {"test": "what is learnt"} | ({"kept": "what is kept"} if task.kept else {})
+    size = (9, 2.6 * len(shown))
+    figure, grid = plt.subplots(
+        len(shown), 2, figsize=size, layout="constrained", sharey="row", squeeze=False
+    )
+    plain = [setting for setting in rows if setting.rank and not setting.few]
     sweeps = {
         "rank": [setting for setting in plain if setting.alpha == 2 * setting.rank],
-        "alpha": sorted((s for s in plain if s.rank == 8), key=lambda setting: setting.alpha),
+        "alpha": sorted((s for s in plain if s.rank == RANK), key=lambda setting: setting.alpha),
     }
-    full = np.array(rows[SETTINGS[-1]]["test"])
-    few = rows[SETTINGS[-2]]["test"]
-    for axes, (name, settings) in zip(both, sweeps.items(), strict=True):
-        places = [getattr(setting, name) for setting in settings]
-        values = np.array([rows[setting]["test"] for setting in settings])  # (settings, seeds)
-        axes.plot(places, values, "o", color="tab:blue", alpha=0.35, ms=4)
-        axes.plot(places, values.mean(1), "-", color="tab:blue", label="LoRA, every kernel")
-        axes.plot(
-            [8 if name == "rank" else 16.0], [np.mean(few)], "s", color="tab:red", label="q, v"
-        )
-        axes.axhline(full.mean(), color="black", ls="--", label="full fine-tuning")
-        axes.axhspan(full.min(), full.max(), color="black", alpha=0.08)
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="rank, at alpha = 2 · rank" if name == "rank" else "alpha, at rank 8")
-        axes.grid(alpha=0.3)
-    both[0].set(ylabel="test accuracy")
-    both[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    both[1].legend(fontsize="small")
+    for line, (what, title) in zip(grid, shown.items(), strict=True):
+        for axes, (name, settings) in zip(line, sweeps.items(), strict=True):
+            places = [getattr(setting, name) for setting in settings]
+            values = np.array([rows[setting][what] for setting in settings])  # (settings, seeds)
+            axes.plot(places, values, "o", color="tab:blue", alpha=0.35, ms=4)
+            axes.plot(places, values.mean(1), "-", color="tab:blue", label="LoRA, every kernel")
+            place, value = getattr(FEW, name), np.mean(rows[FEW][what])
+            axes.plot([place], [value], "s", color="tab:red", label=f"LoRA, {task.few[1]}")
+            full = np.array(rows[FULL][what])
+            axes.axhline(full.mean(), color="black", ls="--", label="full fine-tuning")
+            axes.axhspan(full.min(), full.max(), color="black", alpha=0.08)
+            axes.set_xscale("log", base=2)
+            axes.set(
+                xlabel="rank, at alpha = 2 · rank" if name == "rank" else f"alpha, at rank {RANK}"
+            )
+            axes.set(title=title)
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+            axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize="small")
     figure.savefig(file, dpi=90)
     plt.close(figure)
 

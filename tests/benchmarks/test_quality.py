@@ -1,4 +1,4 @@
-"""The comparison of ranks and alphas, on a toy of its task that a few steps learn."""
+"""The comparison of ranks and alphas, on a toy that a few steps learn."""
 
 import json
 
@@ -7,76 +7,102 @@ import jax
 import numpy as np
 import pytest
 
+import lorax_fn as lora
 from benchmarks import quality
-from benchmarks.quality import QUERY_VALUE, Problem, Setting
+from benchmarks.minilm_task import encoder
+from benchmarks.quality import FEW, FULL, Setting
+from benchmarks.quality_tasks import Beginning, Ending, Examples, Task
 
 WIDTH = 32
-SETTINGS = (
-    Setting(2, 4.0),
-    Setting(16, 32.0),
-    Setting(8, 4.0),
-    Setting(8, 16.0, QUERY_VALUE),
-    Setting(None, 0.0),
-)
 
 
 class Toy(nn.Module):
     @nn.compact
-    def __call__(self, x, mask):
-        class Layer(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                return nn.tanh(nn.Dense(WIDTH, name="up")(nn.Dense(WIDTH, name="query")(x)))
-
-        pooled = (Layer(name="5")(x) * mask[..., None]).mean(1)
-        return nn.Dense(3, name="classifier")(pooled)
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(WIDTH, name="up")(nn.Dense(WIDTH, name="query")(x)))
+        return nn.Dense(3, name="head")(x)
 
 
 @pytest.fixture
-def problem(monkeypatch):
+def task(monkeypatch):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((96, 4, WIDTH)).astype(np.float32)
-    labels = x.mean(1)[:, :3].argmax(-1).astype(np.int32)
-    split = quality.Split(x, np.ones((96, 4), np.float32), labels)
+    x = rng.standard_normal((96, WIDTH)).astype(np.float32)
+    labels = x[:, :3].argmax(-1).astype(np.int32)
     model = Toy()
-    variables = model.init(jax.random.key(0), x[:1], split.mask[:1])
-    toy = Problem(model, variables, dict.fromkeys(("train", "validation", "test"), split))
-    monkeypatch.setattr(quality, "prepare", lambda layers, limit: toy)
-    monkeypatch.setattr(quality, "SETTINGS", SETTINGS)
+
+    def train(steps, seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(steps):
+            rows = rng.integers(0, 96, 32)
+            yield Examples((x[rows],), labels[rows])
+
+    params = model.init(jax.random.key(0), x[:1])
+    toy = Task(
+        apply=model.apply, params=params, train=train, test=Examples((x,), labels),
+        kernels=r".*/(up|query)/kernel", few=(r".*/query/kernel", "query alone"),
+        head=lora.Full(r".*/head/.*"), frozen=r".*/up/bias", lr=0.02, full_lr=0.02,
+        ranks=(2, 16), kept=lambda merged: float(merged["params"]["up"]["bias"].sum() == 0),
+    )  # fmt: skip
+    monkeypatch.setitem(quality.TASKS, "digits", lambda options: toy)
+    monkeypatch.setattr(quality, "ALPHAS", (4.0,))
     return toy
 
 
-def test_every_setting_has_a_row_and_a_place_in_the_picture(problem, tmp_path, capsys):
-    files = {name: tmp_path / name for name in ("out.json", "out.png")}
-    quality.main([*["--steps", "4", "--seeds", "2", "--json"], str(files["out.json"]),
-                  "--picture", str(files["out.png"])])  # fmt: skip
-    rows = json.loads(files["out.json"].read_text())["rows"]
-    assert set(rows) == {setting.name for setting in SETTINGS}
+def test_every_setting_has_a_row_and_a_place_in_the_picture(task, tmp_path, capsys):
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["--steps", "20", "--seeds", "2", "--json", str(file), "--picture", str(picture)]
+    quality.main(arguments)
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == [
+        "rank 2, alpha 4, every kernel",
+        "rank 8, alpha 4, every kernel",
+        "rank 16, alpha 32, every kernel",
+        "rank 8, alpha 16, query alone",
+        "full fine-tuning",
+    ]
+    head = 3 * WIDTH + 3
+    trained = [row["trained"] - head for row in rows.values()]
+    pair = 2 * WIDTH
+    assert trained == [4 * pair, 16 * pair, 32 * pair, 8 * pair, 2 * WIDTH * WIDTH + WIDTH]
     for row in rows.values():
-        assert len(row["test"]) == len(row["validation"]) == 2
-    assert rows["full fine-tuning"]["trained"] == 2 * (WIDTH * WIDTH + WIDTH)
-    assert rows["rank 2, alpha 4, every kernel"]["trained"] == 2 * 2 * (WIDTH + WIDTH)
-    assert rows["rank 8, alpha 16, q, v"]["trained"] == 8 * (WIDTH + WIDTH)
-    assert files["out.png"].read_bytes().startswith(b"\x89PNG")
+        assert len(row["test"]) == 2
+        assert row["kept"] == [1.0, 1.0]  # what is frozen is as it was
+        assert min(row["test"]) > 0.5  # of three classes
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert "full fine-tuning" in capsys.readouterr().out
 
 
-def test_an_adapter_goes_its_own_way_beside_others(problem):
+def test_an_adapter_goes_its_own_way_beside_others(task):
     """A stack of settings, ranks padded and scales traced, trains each as it would be alone."""
-    options = quality.parse(["--steps", "5", "--seeds", "2"])
+    options = quality.parse(["--steps", "8", "--seeds", "2"])
     settings = [Setting(2, 8.0), Setting(8, 4.0)]
-    both = quality.train(problem, settings, options)
-    alone = quality.train(problem, settings[:1], options)
+    both = quality.train(task, settings, options)
+    alone = quality.train(task, settings[:1], options)
     assert both[settings[0]]["test"] == pytest.approx(alone[settings[0]]["test"], abs=0.011)
-    assert both[settings[0]]["trained"] == alone[settings[0]]["trained"]
 
 
-def test_the_scale_is_that_of_alpha(problem):
+def test_the_scale_is_that_of_alpha(task):
     setting = Setting(4, 6.0)
-    factors = problem.factors(setting, seed=0)
-    node = factors["params"]["5"]["query"]["kernel"]
-    ones = jax.tree.map(lambda leaf: 0 * leaf + 1, factors)
-    scaled = quality.scaled(ones, setting.scale)["params"]["5"]["query"]["kernel"]
-    assert node.scale == 1.0
-    np.testing.assert_array_equal(scaled.b, 1.5)
-    np.testing.assert_array_equal(scaled.a, 1.0)
+    ones = jax.tree.map(lambda leaf: 0 * leaf + 1, quality.factors_of(task, setting, seed=0))
+    scaled = quality.scaled(ones, setting.scale)["params"]
+    assert scaled["up"]["kernel"].scale == 1.0
+    np.testing.assert_array_equal(scaled["up"]["kernel"].b, 1.5)
+    np.testing.assert_array_equal(scaled["up"]["kernel"].a, 1.0)
+    np.testing.assert_array_equal(scaled["head"]["kernel"].delta, 1.0)
+    assert FEW.group != FULL.group
+
+
+def test_the_encoder_cut_in_two_is_the_encoder(monkeypatch):
+    config = encoder.Config(
+        vocab_size=30, max_positions=8, width=8, layers=3, heads=2, mlp_width=16
+    )
+    monkeypatch.setattr("benchmarks.quality_tasks.CONFIG", config)
+    ids, mask = np.arange(16).reshape(2, 8), np.array([[1] * 8, [1] * 5 + [0] * 3])
+    whole = encoder.Classifier(5, config)
+    params = whole.init(jax.random.key(0), ids, mask)["params"]
+    layers = params["bert"]["encoder"]["layer"]
+    begin = {"embeddings": params["bert"]["embeddings"], "0": layers["0"]}
+    end = {"1": layers["1"], "2": layers["2"], "classifier": params["classifier"]}
+    hidden = Beginning(2).apply({"params": begin}, ids, mask)
+    logits = Ending(2, 5).apply({"params": end}, hidden, mask)
+    np.testing.assert_allclose(logits, whole.apply({"params": params}, ids, mask), atol=1e-5)
