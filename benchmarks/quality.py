@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--layers", type=int, default=2, help="minilm: how many are adapted")
     parser.add_argument("--limit", type=int, help="minilm: cap the examples of each split")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
