@@ -3,8 +3,8 @@
     python -m benchmarks.quality                                   # digits: a few minutes of a core
     python -m benchmarks.quality --task minilm --layers 6 --steps 220    # hours of two cores
 
-All seeds of like settings are trained in one step: `lorax_fn.stack`, and `jax.vmap` over factors,
-scales and batches.
+Adapters of like settings are trained in one step: `lorax_fn.stack`, and `jax.vmap` over factors,
+scales and batches. Those of convolutions one by one: many kernels at once are slow on a CPU.
 """
 
 from __future__ import annotations
@@ -111,38 +111,61 @@ def factors_of(task: Task, setting: Setting, seed: int) -> Pytree:
 def train(
     task: Task, settings: Sequence[Setting], options: argparse.Namespace
 ) -> dict[Setting, Row]:
-    """All seeds of all settings in one step."""
+    """All seeds of the settings of one group, as many in one step as the task says."""
     each = [(setting, seed) for setting in settings for seed in range(options.seeds)]
-    factors = lora.stack([factors_of(task, *one) for one in each])
-    scales = jnp.array([setting.scale for setting, _ in each], jnp.float32)
-    apply = lora.wrap(task.apply)
     peak, warmup = task.full_lr if settings[0] == FULL else task.lr, max(1, options.steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, options.steps)
     tx = lora.freeze(optax.adam(schedule))
+    step = train_step(task, tx)
+    rows: dict[Setting, Row] = {}
+    with tqdm(total=len(each) * options.steps, unit="step of an adapter") as bar:
+        for start in range(0, len(each), task.at_once):
+            part = each[start : start + task.at_once]
+            factors = lora.stack([factors_of(task, *one) for one in part])
+            scales = jnp.array([setting.scale for setting, _ in part], jnp.float32)
+            state = tx.init(factors)
+            for batch in together(task, [seed for _, seed in part], options.steps):
+                operands = scales, batch.inputs, batch.labels
+                factors, state = step(task.params, factors, state, *operands)
+                bar.update(len(part))
+            for i, (setting, _) in enumerate(part):
+                row = rows.setdefault(setting, new_row(task, setting))
+                judge(task, row, scaled(lora.take(factors, i), scales[i]))
+    return rows
+
+
+def train_step(task: Task, tx: optax.GradientTransformation) -> Any:
+    """A compiled step of a stack of adapters, each with a scale and a batch of its own."""
+    apply = lora.wrap(task.apply)
 
     def loss_of(factors: Pytree, scale: jax.Array, params: Pytree, inputs: Any, labels: Any) -> Any:
         logits = apply(params, scaled(factors, scale), *inputs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def step(params: Pytree, factors: Pytree, state: Any, inputs: Any, labels: Any) -> tuple:
+    def step(
+        params: Pytree, factors: Pytree, state: Any, scales: Any, inputs: Any, labels: Any
+    ) -> tuple:
         losses = jax.vmap(loss_of, (0, 0, None, 0, 0))
         total = lambda factors: losses(factors, scales, params, inputs, labels).sum()
         updates, state = tx.update(jax.grad(total)(factors), state, factors)
         return optax.apply_updates(factors, updates), state
 
-    state = tx.init(factors)
-    drawn = together(task, [seed for _, seed in each], options.steps)
-    for batch in tqdm(drawn, total=options.steps, desc=f"{len(each)} adapters", unit="step"):
-        factors, state = step(task.params, factors, state, batch.inputs, batch.labels)
-    rows: dict[Setting, Row] = {}
-    for i, (setting, _) in enumerate(each):
-        merged = lora.merge(task.params, scaled(lora.take(factors, i), scales[i]))
-        row = rows.setdefault(setting, {"trained": trained(task, setting), "test": [], "kept": []})
-        row["test"].append(task.accuracy(merged))
-        if task.kept is not None:
-            row["kept"].append(task.kept(merged))
-    return rows
+    return step
+
+
+def new_row(task: Task, setting: Setting) -> Row:
+    """A row without results; the numbers that are trained are counted with the head's."""
+    trained = sum(leaf.size for leaf in jax.tree.leaves(factors_of(task, setting, 0)))
+    return {"trained": trained, "test": [], "kept": []}
+
+
+def judge(task: Task, row: Row, factors: Pytree) -> None:
+    """Adds the accuracies of the merged model to its setting's row."""
+    merged = lora.merge(task.params, factors)
+    row["test"].append(task.accuracy(merged))
+    if task.kept is not None:
+        row["kept"].append(task.kept(merged))
 
 
 def scaled(factors: Pytree, scale: Any) -> Pytree:
@@ -159,11 +182,6 @@ def together(task: Task, seeds: Sequence[int], steps: int) -> Iterator[Examples]
         batch = [drawn[own.index(seed)] for seed in seeds]
         inputs = tuple(np.stack(parts) for parts in zip(*(b.inputs for b in batch), strict=True))
         yield Examples(inputs, np.stack([b.labels for b in batch]))
-
-
-def trained(task: Task, setting: Setting) -> int:
-    """How many numbers are trained, the head's among them."""
-    return sum(leaf.size for leaf in jax.tree.leaves(factors_of(task, setting, 0)))
 
 
 def render(task: Task, rows: dict[Setting, Row]) -> str:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import lorax_fn as lora
 
 Pytree = Any
-PROMPTS = ("Return the", "def get", "The ")
+PROMPTS = ("Return the", "If ", "The ")
 TESTED = 48  # windows of each kind
 
 

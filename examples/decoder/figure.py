@@ -12,15 +12,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 SMOOTHING = 10  # steps
-WIDTH, LINES = 52, 24  # of the samples
+WIDTH, LINES = 52, 18  # of the samples
 
 
 def draw(file: Path, models: Sequence[Any]) -> None:
     """Curves and bars above, samples of each model below; the first one is the pretrained."""
-    figure = plt.figure(figsize=(12, 8), layout="constrained")
-    grid = figure.add_gridspec(2, len(models), height_ratios=(2, 3))
+    figure = plt.figure(figsize=(12, 6.5), layout="constrained")
+    grid = figure.add_gridspec(2, 6)  # two plots above, three texts below
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    curves, bars = figure.add_subplot(grid[0, :2]), figure.add_subplot(grid[0, 2:])
+    curves, bars = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     for model, color in zip(models[1:], colors[1:], strict=False):
         curves.plot(_smooth(model.losses), color=color, label=model.name)
     curves.set(xlabel="step of adaptation", ylabel="nats a token", title="training loss on prose")
@@ -32,10 +32,11 @@ def draw(file: Path, models: Sequence[Any]) -> None:
         drawn = bars.bar(places + 0.27 * (i - 1), heights, 0.25, color=color, label=model.name)
         bars.bar_label(drawn, fmt="%.2f", fontsize="small")
     bars.set_xticks(places, ["prose (adapted to)", "code (pretrained on)"])
-    bars.set(ylabel="bits a byte", title="modules that were not trained on; less is better")
+    bars.set(ylabel="bits a byte", title="modules not trained on: less is better")
+    bars.margins(y=0.3)
     bars.legend(fontsize="small")
     for i, (model, color) in enumerate(zip(models, colors, strict=False)):
-        axes = figure.add_subplot(grid[1, i])
+        axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
         written = "\n\n".join(model.samples)
         lines = [w for line in written.split("\n") for w in (wrap(line, WIDTH) or [""])]
         text = _plain("\n".join(lines[:LINES]))

@@ -41,7 +41,7 @@ def task(monkeypatch):
         apply=model.apply, params=params, train=train, test=Examples((x,), labels),
         kernels=r".*/(up|query)/kernel", few=(r".*/query/kernel", "query alone"),
         head=lora.Full(r".*/head/.*"), frozen=r".*/up/bias", lr=0.02, full_lr=0.02,
-        ranks=(2, 16), kept=lambda merged: float(merged["params"]["up"]["bias"].sum() == 0),
+        ranks=(2, 16), at_once=3, kept=lambda merged: float(merged["params"]["up"]["bias"].sum() == 0),
     )  # fmt: skip
     monkeypatch.setitem(quality.TASKS, "digits", lambda options: toy)
     monkeypatch.setattr(quality, "ALPHAS", (4.0,))
