@@ -57,7 +57,8 @@ def combine(
         is not Σ wᵢ·ΔWᵢ.
     "magnitude_prune", "ties", "dare_linear", "dare_ties"
         What they do to task vectors (TIES arXiv:2306.01708, DARE arXiv:2311.03099; formulas in
-        `task_vectors.py`), done to the As and to the Bs, with the weights of "linear".
+        `task_vectors.py`), done to the As and to the Bs, with the weights of "linear". "dare" is
+        short for "dare_linear".
     "magnitude_prune_svd", "ties_svd", "dare_linear_svd", "dare_ties_svd"
         The same done to the ΔWs, as in the papers, then cut to the asked rank. Forms ΔW and
         decomposes it, one leaf at a time.
@@ -211,6 +212,7 @@ def _weights(weights: Any, n: int) -> jax.Array:
 
 
 def _checked(method: Any, rank: Any, density: Any, majority_sign_method: Any, key: Any) -> Recipe:
+    method = "dare_linear" if method == "dare" else method
     if method not in METHODS:
         raise LoraError(f"method={method!r} is unknown; wanted one of {list(METHODS)}.")
     prunes, draws = "ties" in method or "dare" in method or "prune" in method, "dare" in method

@@ -127,6 +127,7 @@ def test_methods_on_factors_and_on_changes_with_everything_kept(getkey):
         ("linear", {}),
         ("magnitude_prune", {"density": 1.0}),
         ("dare_linear", {"density": 1.0, "key": key}),
+        ("dare", {"density": 1.0, "key": key}),
     ]:
         combined = combine(each, weights, method=method, **options)
         np.testing.assert_allclose(change(combined, shape), linear, atol=1e-4)

@@ -15,6 +15,7 @@ import jax.extend.core.primitives as primitives
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import Factor
 from lorax_fn.interpreter.kronecker import NotFactoredError
+from lorax_fn.interpreter.quantized import carried
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Weight
 
@@ -23,7 +24,7 @@ def _all_gather(ctx: Context, eqn: Any, weight: Weight) -> Weight:
     if not _varies(weight.base, eqn):
         return NotImplemented  # types do not tell
     dim = eqn.params["all_gather_dimension"]
-    base = compat.bind(eqn, [weight.base])
+    base = carried(eqn, [weight.base])
     if eqn.params["tiled"]:
         return weight.map(base, lambda f: _tiled(eqn, f, dim))
     return weight.relabel(base, lambda d: d + (d >= dim)).map(base, lambda f: _stacked(eqn, f, dim))
@@ -61,14 +62,14 @@ def _ppermute(ctx: Context, eqn: Any, weight: Weight) -> Weight:
             _on_numbers(lambda x: eqn.primitive.bind(x, **eqn.params), factor.array)
         )
 
-    return weight.map(compat.bind(eqn, [weight.base]), sent)
+    return weight.map(carried(eqn, [weight.base]), sent)
 
 
-def _varies(array: Any, eqn: Any) -> bool:
-    """Whether the array may differ between devices along the axes of the mesh that eqn names."""
+def _varies(value: Any, eqn: Any) -> bool:
+    """Whether an array, or a part of a quantised one, may differ between the devices of eqn."""
     names = eqn.params["axis_name"]
     names = set(names) if isinstance(names, tuple | list) else {names}
-    return bool(compat.varying_axes(array) & names)
+    return any(compat.varying_axes(array) & names for array in jax.tree.leaves(value))
 
 
 def _on_numbers(fn: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:

@@ -46,3 +46,27 @@ def test_a_step_on_the_mesh_is_that_of_one_device_and_gathers_no_codes(params, g
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert not [line for line in gathers if "u8[" in line or "u4[" in line]
+
+
+@pytest.mark.parametrize(("axis", "spec"), [(0, P("d")), (1, P(None, "d"))], ids=str)
+def test_a_quantised_weight_gathered_within_shard_map_stays_factored(axis, spec, getkey):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    def local(w, x):
+        return x @ jax.lax.all_gather(w, "d", axis=axis, tiled=True)
+
+    def fsdp(params, x):
+        specs = {"in_specs": (spec, P("d")), "out_specs": P("d")}
+        return jax.shard_map(local, mesh=mesh, **specs)(params["w"], x)
+
+    base = lora.quantize({"w": jax.random.normal(getkey(), (128, 32))}, "w", dtype="int8", block=16)
+    factors = lora.init(getkey(), base, lora.LoRA("w", rank=2, alpha=3))
+    factors, x = jax.tree.map(lambda a: a + 0.1, factors), jax.random.normal(getkey(), (8, 128))
+
+    def loss(run):
+        return jax.value_and_grad(lambda f: jnp.square(run(f)).sum())(factors)
+
+    got = jax.jit(lambda: loss(lambda f: lora.wrap(fsdp, dense="error")(base, f, x)))()
+    wanted = loss(lambda f: fsdp(lora.merge(base, f), x))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3 * abs(theirs).max())
