@@ -31,7 +31,7 @@ from minilm.training import fit, optimiser
 from service import load_test
 from service.app import Service
 from service.engine import Engine
-from service.slots import Entry, Slots, to_bytes
+from service.slots import Entry, Slots
 
 import lorax_fn as lora
 
@@ -169,9 +169,7 @@ def adapter_files(
                 seed=seed,
             )
             print(f"adapter {name!r}: {run.test:.1%} of the test split right")
-            partial = file.with_suffix(".part")
-            partial.write_bytes(to_bytes(run.trained))
-            partial.replace(file)
+            lora.save(file, run.trained)
         files[name] = file.read_bytes()
     return files
 

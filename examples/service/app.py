@@ -2,7 +2,7 @@
 
 POST   /classify           {"text": "…", "adapter": "name" or null}  → label and score
 GET    /adapters           the names and their labels
-PUT    /adapters/{name}    a safetensors file; ?labels=a,b,c         → added or replaced
+PUT    /adapters/{name}    a file of lora.save; ?labels=a,b,c         → added or replaced
 DELETE /adapters/{name}    → removed
 """
 

@@ -1,21 +1,21 @@
 """Adapters by name, in a stack with a fixed number of slots: adding one compiles nothing.
 
-An adapter travels as a safetensors file of its arrays by their paths, `…/kernel/a`, `…/kernel/b`,
-`…/bias/delta`, with the scale in b. Ranks up to the stack's fit, padded with zeros.
+An adapter travels as the file that `lora.save` writes. Ranks up to the stack's fit, padded with
+zeros, and so does every scale: it is multiplied into B.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
+import lorax_fn as lora
 from lorax_fn.adapters import is_adapter
 
 Pytree = Any
@@ -35,12 +35,6 @@ class Entry:
 
     slot: int
     labels: tuple[str, ...]
-
-
-def to_bytes(factors: Pytree) -> bytes:
-    """An adapter's file."""
-    unscaled = jax.tree.map(lambda node: node.unscaled(), factors, is_leaf=is_adapter)
-    return save({name: np.asarray(array) for name, array in _named(unscaled)})
 
 
 class Slots:
@@ -84,11 +78,16 @@ class Slots:
         Raises:
             BadAdapterError: if it is not one for this base.
         """
-        try:
-            arrays = load(data)
-        except (SafetensorError, ValueError, KeyError, TypeError) as e:
-            raise BadAdapterError(f"the body is no safetensors file of arrays: {e}") from e
-        wanted = _named(self._blank)
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            file.write(data)
+            file.flush()
+            try:
+                factors = lora.load(file.name)
+            except lora.AdapterFileError as e:
+                raise BadAdapterError(str(e).replace(file.name, "the body")) from e
+        on_host = jax.tree.map(np.asarray, factors)
+        unscaled = jax.tree.map(lambda node: node.unscaled(), on_host, is_leaf=is_adapter)
+        arrays, wanted = dict(_named(unscaled)), _named(self._blank)
         if set(arrays) != {name for name, _ in wanted}:
             odd = min(set(arrays) ^ {name for name, _ in wanted})
             raise BadAdapterError(f"missing or unexpected: {odd!r}")

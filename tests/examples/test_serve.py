@@ -1,21 +1,24 @@
 """The service: its slots and its manners on a small model, then all of it under a load test."""
 
 import asyncio
+import dataclasses
+import tempfile
 import types
+from pathlib import Path
 
 import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import serve
 from minilm import data
 from minilm.encoder import Classifier
-from safetensors.numpy import save
 from service.app import Service
 from service.engine import SIZES, Engine, OverloadedError
 from service.load_test import HOSTILE, Compilations
-from service.slots import BadAdapterError, Slots, to_bytes
+from service.slots import BadAdapterError, Slots
 
 import lorax_fn as lora
 
@@ -60,6 +63,13 @@ def service(params):
     yield service
     if engine._thread.is_alive():
         engine.stop()
+
+
+def to_bytes(factors):
+    """What `lora.save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(f"{folder}/adapter.safetensors", factors)
+        return Path(folder, "adapter.safetensors").read_bytes()
 
 
 def talk(service, conversation):
@@ -155,19 +165,21 @@ def test_what_waits_is_bounded_and_answered_before_the_end(service):
 def test_hostile_requests_are_refused_in_words(service, params):
     service.engine.start()
     good = factors_of(params, 2, 5.0)
-    arrays = {"w/a": np.zeros((8, 2)), "w/b": np.zeros((2, 9)), "head/delta": np.zeros((9, 4))}
     assert service.slots.read(to_bytes(good)) is not None
     bodies = [
-        save({name: np.float32(array) for name, array in (arrays | changed).items()})
-        for changed in (
-            {"w/a": np.zeros((8, 4))},  # of a rank above the stack's
-            {"w/a": np.zeros((7, 2))},
-            {"w/a": np.zeros(8)},
-            {"w/b": np.full((2, 9), np.nan)},
-            {"w/c": np.zeros(3)},
+        to_bytes(good | {"w": dataclasses.replace(good["w"], a=a, b=b)})
+        for a, b in (
+            (jnp.ones((8, 4)), jnp.ones((4, 9))),  # of a rank above the stack's
+            (jnp.ones((7, 2)), jnp.ones((2, 9))),
         )
     ]
-    bodies += [save({"w/a": np.zeros(3)}), save({n: np.int32(a) for n, a in arrays.items()})]
+    whole = to_bytes(good)
+    bodies += [to_bytes({"w": good["w"]}), to_bytes({"head": None, "v": good["w"]})]
+    bodies += [
+        whole[:-3],
+        whole[:-1] + bytes([whole[-1] ^ 1]),
+        safetensors.numpy.save({"w": np.ones(3)}),
+    ]
     for body in bodies:
         with pytest.raises(BadAdapterError):
             service.slots.read(body)
