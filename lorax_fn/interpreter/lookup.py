@@ -17,6 +17,7 @@ import jax.extend.core.primitives as primitives
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.factor import RANK, Factor
 from lorax_fn.interpreter.pending import PendingLookup
 from lorax_fn.interpreter.quantized import carried
@@ -53,8 +54,12 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
         for before, after in zip(weight.terms, gathered.terms, strict=True)
     ]
     if lookup.batch and all(map(lookup.is_activation, weight.terms)):
-        rows = frozenset(lookup.batch)
-        return PendingLookup(gathered, rows, lambda: finish(ctx, eqn, gathered, activations))
+
+        def add_up() -> Any:
+            with compat.equation_context(eqn):  # whoever needs it may be under another mesh
+                return finish(ctx, eqn, gathered, activations)
+
+        return PendingLookup(gathered, frozenset(lookup.batch), add_up)
     return finish(ctx, eqn, gathered, activations)
 
 

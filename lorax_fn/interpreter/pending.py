@@ -76,7 +76,12 @@ class PendingLookup:
         order = eqn.params["permutation"]
         weight = self.weight.relabel(carried(eqn, [self.weight.base]), order.index)
         rows = frozenset(order.index(d) for d in self.rows)
-        return PendingLookup(weight, rows, lambda: compat.bind(eqn, [self.settle()]))
+
+        def transposed() -> jax.Array:
+            with compat.equation_context(eqn):
+                return compat.bind(eqn, [self.settle()])
+
+        return PendingLookup(weight, rows, transposed)
 
 
 def settled(value: Any) -> Any:
@@ -118,6 +123,6 @@ def is_addition(eqn: Any, values: Sequence[Any]) -> bool:
 def add_before_shares(eqn: Any, values: Sequence[Any]) -> jax.Array:
     """Performs an addition on the bases and adds all shares on after it."""
     pending = [value for value in values if isinstance(value, PendingSum)]
-    bases = [value.base if isinstance(value, PendingSum) else value for value in values]
+    bases = [value.base if isinstance(value, PendingSum) else settled(value) for value in values]
     shares = tuple(share for value in pending for share in value.shares)
     return PendingSum(compat.bind(eqn, bases), shares).settle()

@@ -154,6 +154,18 @@ PERMUTATIONS = [
         reference=lambda p, x: p["w"][x["rows"]].T @ x["x"],
         images=(20,),
     ),
+    *(
+        OpCase(
+            name=f"lookup/added_to_a_product_{side}",
+            weights={"table": TABLE, "w": W("co", 7, 5)},
+            inputs={"ids": IDS, "x": F(6, 7)},
+            fn=lambda p, x, s=sign: (lambda terms: terms[0] + terms[1])(
+                (p["table"][x["ids"]], x["x"] @ p["w"])[::s]
+            ),
+            reference=lambda p, x: p["table"][x["ids"]] + x["x"] @ p["w"],
+        )
+        for side, sign in (("left", 1), ("right", -1))
+    ),
     OpCase(
         name="lookup/contracted_and_looked_at",
         weights={"table": TABLE},
