@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
+import jax
+
 
 def main() -> None:
     """Runs the command line; ends the process with its exit code."""
     # Files are merged on the host, in their own dtypes.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("JAX_ENABLE_X64", "1")
+    # JAX is imported by now, and has read the variables of its environment.
+    for name, value in (("jax_platforms", "cpu"), ("jax_enable_x64", True)):
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
     try:
         from lorax_fn.cli.app import run
     except ModuleNotFoundError as e:

@@ -31,6 +31,7 @@ app = typer.Typer(
 Adapter = Annotated[Path, typer.Argument(help="A file of lora.save, or a PEFT folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace a file that is there.")]
 BasePath = Annotated[
     Path | None,
     typer.Option("--base", help="The base: a safetensors file, or a folder of shards."),
@@ -66,6 +67,7 @@ def merge(
     base: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of shards.")],
     adapter: Adapter,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file or folder to write.")],
+    force: Force = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +82,7 @@ def merge(
         with tqdm(total=total, unit="B", unit_scale=True, disable=off) as bar:
             yield bar
 
-    done = merge_files(base, adapter, out, progress)
+    done = merge_files(base, adapter, out, progress, force=force)
     if as_json:
         _print_json(done)
     else:
@@ -96,6 +98,7 @@ def convert(
         str | None,
         typer.Option(help="How params are called: flax, gpt2, tunix, maxtext or torch."),
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a PEFT folder to a file, or a file to a PEFT folder.
@@ -103,7 +106,8 @@ def convert(
     Without --names the paths in the file are the parameters' names in PyTorch. DoRA, and modules
     that were trained whole, need --base.
     """
-    done = convert_adapter(source, out, None if base is None else open_base(base), names)
+    opened = None if base is None else open_base(base)
+    done = convert_adapter(source, out, opened, names, force=force)
     if as_json:
         _print_json(done)
     else:
@@ -141,12 +145,13 @@ def combine(
     density: Annotated[float | None, typer.Option(help="The share of entries to keep.")] = None,
     seed: Annotated[int | None, typer.Option(help="For dare methods.")] = None,
     base: BasePath = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Make one adapter of several, weighted."""
     opened = None if base is None else open_base(base)
     options = {"method": method, "rank": rank, "density": density, "seed": seed}
-    done = combine_files(adapters, out, weights or [], opened, **options)
+    done = combine_files(adapters, out, weights or [], opened, force=force, **options)
     if as_json:
         _print_json(done)
     else:

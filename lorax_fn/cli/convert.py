@@ -8,6 +8,7 @@ from typing import Any
 from lorax_fn.axes import Axes
 from lorax_fn.cli.adapters import as_tree, params_of, read_nodes
 from lorax_fn.cli.base import Base
+from lorax_fn.cli.output import check_output, check_peft_folder
 from lorax_fn.cli.torch_names import is_conv1d
 from lorax_fn.errors import AdapterFileError
 from lorax_fn.io.names import position_of
@@ -18,17 +19,22 @@ from lorax_fn.io.places import Layout, Naming, Place
 from lorax_fn.io.ready_names import torch
 
 
-def convert(source: Path, out: Path, base: Base | None, names: str | None) -> dict[str, Any]:
+def convert(
+    source: Path, out: Path, base: Base | None, names: str | None, *, force: bool = False
+) -> dict[str, Any]:
     """Writes the adapter in the other format: a PEFT folder as a file, a file as a PEFT folder.
 
     Without names, the paths in the file are the parameters' names in PyTorch. With names, they are
     those of params, which the base's tensors give; from a file to a folder the file itself does.
 
     Raises:
-        LoraError: if the adapter has no form in the other format, or the base is needed.
+        LoraError: if the adapter has no form in the other format, the base is needed, or `out` is
+            there already and not to be replaced by force.
     """
     if out.exists() and out.is_dir() != (not source.is_dir()):
         raise AdapterFileError(f"{out} exists, and is not what is to be written.")
+    check = check_output if source.is_dir() else check_peft_folder
+    check(out, [source], base, force=force)
     if source.is_dir():
         return _to_file(source, out, base, names)
     write_folder(out, read_nodes(source), base, names)

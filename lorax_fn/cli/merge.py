@@ -22,6 +22,7 @@ import numpy as np
 from lorax_fn.adapters import AdaLoRAFactors, DoRAFactors, FullDelta, LoRAFactors, VeRAFactors
 from lorax_fn.cli.adapters import peft_reader, read_nodes
 from lorax_fn.cli.base import Base, open_base
+from lorax_fn.cli.output import check_output
 from lorax_fn.errors import AdapterFileError
 from lorax_fn.io.tensors import TensorFile, replacing
 from lorax_fn.transform import merge
@@ -33,7 +34,12 @@ Advance = Callable[[int], Any]
 
 
 def merge_files(
-    base_path: Path, adapter_path: Path, out: Path, progress: Callable[[int], Any]
+    base_path: Path,
+    adapter_path: Path,
+    out: Path,
+    progress: Callable[[int], Any],
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Writes the merged model to `out`, a file or a folder as the base is.
 
@@ -42,6 +48,7 @@ def merge_files(
         adapter_path: a PEFT folder, or a file of `save`.
         out: what to write.
         progress: given a number of bytes, returns a progress bar (a context manager with `update`).
+        force: whether a file that is there may be replaced; a folder never is.
 
     Returns:
         What was done, as plain data.
@@ -51,10 +58,10 @@ def merge_files(
         OSError: if the disk is full; no half file is left.
     """
     base = open_base(base_path)
+    targets = _targets(base, adapter_path, out, force)
     nodes = _Nodes(adapter_path, base)
-    targets = _targets(base, out)
     total = sum(file.path.stat().st_size for file in base.files)
-    _check_space(out, targets)
+    _check_space(out, [t for t in targets if not base.is_folder or not t[1].exists()])
     if base.is_folder:
         _begin(out, base, adapter_path)
     skipped = 0
@@ -187,22 +194,20 @@ def _copy(source: BinaryIO, out: BinaryIO, start: int, size: int) -> int:
     return size
 
 
-def _targets(base: Base, out: Path) -> list[tuple[TensorFile, Path]]:
+def _targets(base: Base, adapter: Path, out: Path, force: bool) -> list[tuple[TensorFile, Path]]:
     if not base.is_folder:
         target = out / base.path.name if out.is_dir() else out
-        if target.resolve() == base.path.resolve():
-            raise AdapterFileError(f"{target} is the base itself; wanted another place.")
+        check_output(target, [adapter], base, force=force)
         return [(base.files[0], target)]
-    if out.resolve() == base.path.resolve():
-        raise AdapterFileError(f"{out} is the base itself; wanted another place.")
     if out.exists() and not out.is_dir():
         raise AdapterFileError(f"{out} is a file, the base a folder; wanted a folder.")
+    check_output(out, [adapter], base, force=True)  # what it holds is looked at when it is begun
     return [(file, out / file.path.name) for file in base.files]
 
 
 def _check_space(out: Path, targets: list[tuple[TensorFile, Path]]) -> None:
     """Raises `AdapterFileError` if the disk has no room for what is to be written."""
-    needed = sum(file.path.stat().st_size for file, target in targets if not target.exists())
+    needed = sum(file.path.stat().st_size for file, _ in targets)
     place = next(parent for parent in (out, *out.resolve().parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -225,8 +230,11 @@ def _begin(out: Path, base: Base, adapter: Path) -> None:
         for half in out.glob(".*.tmp"):  # of a run that was killed
             half.unlink()
         return
-    if any(out.iterdir()):
+    begun = set(out.glob(f".{STATE}.*.tmp"))  # of a run that was killed before it had a state
+    if set(out.iterdir()) - begun:
         raise AdapterFileError(f"{out} is not empty; wanted a new folder.")
+    for half in begun:
+        half.unlink()
     with replacing(state) as temporary:
         temporary.write_text(json.dumps(current), encoding="utf-8")
 

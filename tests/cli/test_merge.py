@@ -272,6 +272,25 @@ def test_a_merge_that_was_cut_off_goes_on(cli, folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(read_all(out)[name], tensor)
 
 
+def test_a_merge_that_was_killed_before_it_had_a_state_goes_on(cli, folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".{merging.STATE}.12345678.tmp").write_text("{")
+    assert cli("merge", folder, FIXTURES / "stack", "-o", out).code == 0
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_that_is_replaced_needs_room_beside_the_old_one(cli, tmp_path, monkeypatch):
+    safetensors.numpy.save_file(stack_weights(), tmp_path / "base")
+    (tmp_path / "out").write_bytes(b"old")
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    words = (tmp_path / "base", FIXTURES / "stack", "-o", tmp_path / "out", "--force")
+    done = cli("merge", *words)
+    assert (done.code, "GiB free" in done.err) == (2, True)
+    assert (tmp_path / "out").read_bytes() == b"old"
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(cli, folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
