@@ -73,7 +73,8 @@ def merge(
 ) -> None:
     """Add an adapter into a base, tensor by tensor; a base larger than memory merges.
 
-    A folder whose merge was cut off is gone on with by the same command.
+    A folder whose merge was cut off is gone on with by the same command. A tensor that the model
+    ties (embedding and output head) changes in both uses.
     """
 
     @contextlib.contextmanager

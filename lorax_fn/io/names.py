@@ -140,11 +140,22 @@ def _from_table(table: Mapping[str, str | Place]) -> Naming:
             if found is None:
                 continue
             if isinstance(entry, Place) and isinstance(entry.name, str):
-                return dataclasses.replace(entry, name=found.expand(entry.name))
-            return _place(path, leaf, found.expand(entry) if isinstance(entry, str) else entry)
+                return dataclasses.replace(entry, name=_expanded(found, entry.name))
+            return _place(path, leaf, _expanded(found, entry) if isinstance(entry, str) else entry)
         return None
 
     return naming
+
+
+def _expanded(found: re.Match[str], name: str) -> str:
+    """The name, with what its pattern's groups have found in it."""
+    try:
+        return found.expand(name)
+    except (re.error, IndexError) as e:
+        raise LoraError(
+            f"names give {found.re.pattern!r} the name {name!r}, which does not fit its groups: "
+            f"{e}."
+        ) from e
 
 
 def _place(path: str, leaf: Any, entry: Any) -> Place | None:

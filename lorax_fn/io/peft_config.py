@@ -27,7 +27,7 @@ LONGEST_NAME = 256  # letters of a module's name, which patterns are matched aga
 
 # Fields that change nothing in what the tensors mean, whatever their value.
 _INERT = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config",
     "layers_to_transform", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type", "velora_config",
@@ -72,6 +72,7 @@ class PeftConfig:
 
     def targets(self, module: str) -> bool:
         """Whether the config says for certain that a module has a LoRA."""
+        _check_length(module)
         if self.chooses_layers or self.saves(module):
             return False
         if isinstance(self.target_modules, str):
@@ -80,11 +81,17 @@ class PeftConfig:
 
     def targets_parameter(self, name: str) -> bool:
         """Whether a parameter, by its whole name, has a LoRA of its own."""
+        _check_length(name)
         return _ends_in(name, self.target_parameters)
 
     def saves(self, module: str) -> bool:
         """Whether a module is trained whole."""
-        return any(module.endswith(name) for name in self.modules_to_save)
+        return is_saved(module, self.modules_to_save)
+
+
+def is_saved(module: str, names: Iterable[str]) -> bool:
+    """Whether the name of a module, or of one around it, ends in one of these, as PEFT asks."""
+    return any(f"{name}." in f"{module}." for name in names)
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -187,17 +194,26 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _matching(patterns: Mapping[str, Any], name: str) -> str:
-    if len(name) > LONGEST_NAME:
-        raise AdapterFileError(f"the name {name[:80]!r}… has {len(name)} letters; it is refused.")
+    _check_length(name)
     for pattern in patterns:
-        if _compiled(rf"(.*\.)?({pattern})$").match(name):
+        if _ending(pattern).match(name):
             return pattern
     return name
 
 
+def _check_length(name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise AdapterFileError(f"the name {name[:80]!r}… has {len(name)} letters; it is refused.")
+
+
+def _ending(pattern: str) -> re.Pattern[str]:
+    """A regex out of a file, for the last components of a name."""
+    return _compiled(pattern, r"(.*\.)?(", ")$")
+
+
 @functools.lru_cache(4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """A regex out of a file; one that could run for hours is refused.
+def _compiled(pattern: str, before: str = "", after: str = "") -> re.Pattern[str]:
+    """A regex out of a file, between two of our own; one that could run for hours is refused.
 
     Raises:
         AdapterFileError: for such a one, and for what is no regex.
@@ -207,7 +223,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             f"the pattern {pattern[:80]!r} is too intricate to be run safely; wanted names."
         )
     try:
-        return re.compile(pattern)
+        return re.compile(before + pattern + after)
     except (re.error, OverflowError, RecursionError) as e:
         raise AdapterFileError(f"the pattern {pattern[:80]!r} is no regex: {e}.") from e
 
@@ -215,7 +231,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def _is_safe(pattern: str) -> bool:
     """Whether matching a name takes few steps: little is repeated, and nothing within a repeat."""
     repeats = re.findall(r"[*+{?]", pattern.replace("(?", "("))
-    return len(pattern) <= 10_000 and len(repeats) <= 5 and not re.search(r"\)[*+{]", pattern)
+    long = re.findall(r"[*+{]", pattern)  # each multiplies the steps by the letters of a name
+    few = len(repeats) <= 5 and len(long) <= 2
+    return len(pattern) <= 10_000 and few and not re.search(r"\)[*+{]", pattern)
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:
@@ -240,7 +258,7 @@ def _pattern(fields: dict[str, Any], key: str, check: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise AdapterFileError(f"{key} is {str(value)[:80]}; wanted an object of patterns.")
     for pattern in value:
-        _compiled(rf"(.*\.)?({pattern})$")
+        _ending(pattern)
     return {name: check(f"{key}[{name!r}]", entry) for name, entry in value.items()}
 
 

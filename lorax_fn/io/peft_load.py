@@ -28,9 +28,11 @@ def load_peft(
 ) -> Pytree:
     r"""Reads an adapter that PEFT, or `save_peft`, wrote.
 
-    Every tensor of the file is used and every module that the config names is found, or the file is
-    refused, with the tensor's name. Layers of a stack that the adapter leaves out get zeros, layers
-    of lower rank are padded.
+    Every tensor of the file is used, and every leaf that the config targets or saves has its
+    tensors, or the file is refused, with the tensor's name; a name in the config that fits no leaf
+    is passed over. A leaf that the JAX model ties (embedding and output head) changes in both uses,
+    though PEFT adapts one of the two. Layers of a stack that the adapter leaves out get zeros,
+    layers of lower rank are padded.
 
     Args:
         folder: holds `adapter_model.safetensors` and `adapter_config.json`.
@@ -48,6 +50,7 @@ def load_peft(
         AdapterFileError: if the folder is damaged, of a kind that is not known here, or does not
             fit params.
         AxesError: if the axes of an adapted leaf are unknown.
+        LoraError: if names are wrong, or a leaf is quantised and qwix is not installed.
 
     >>> import tempfile, jax, jax.numpy as jnp, lorax_fn as lora
     >>> params = {"h": {"0": {"attn": {"w": jnp.ones((4, 3))}}}}
@@ -79,4 +82,7 @@ def open_weights(folder: Path) -> TensorFile:
             f"{folder} holds adapter_model.bin, a pickle, which could run any code; not read. "
             "Save the adapter again with PEFT's save_pretrained, as safetensors."
         )
-    return open_tensors(folder / WEIGHTS)
+    file = open_tensors(folder / WEIGHTS)
+    if not file.entries:
+        raise AdapterFileError(f"{file.path} holds no tensors: the adapter changes nothing.")
+    return file

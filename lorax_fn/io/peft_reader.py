@@ -18,7 +18,8 @@ from lorax_fn.interpreter import wide_dtype
 from lorax_fn.io.layouts import MAGNITUDE, from_peft, tensor_names, torch_shape, weight_from_torch
 from lorax_fn.io.names import Slot, check_positions
 from lorax_fn.io.peft_config import PREFIX, PeftConfig
-from lorax_fn.io.tensors import TensorFile, device_array
+from lorax_fn.io.tensors import TensorFile, device_array, floating
+from lorax_fn.leaves import as_array
 from lorax_fn.targets import nearest_paths
 
 _PRODUCT = re.compile(
@@ -204,6 +205,12 @@ class Reader:
         found = {slot.name for pieces in self._products_at.values() for slot, _ in pieces}
         for slot in self.slots.values():
             experts = slot.place.layout == "experts"
+            if self.config.targets_parameter(slot.name) and not experts:
+                raise AdapterFileError(
+                    f"{self.file.path}: the config has {slot.name!r} among its target_parameters, "
+                    f"and names give {slot.path!r} the layout {slot.place.layout!r}; wanted "
+                    "lorax_fn.io.Place(..., 'experts')."
+                )
             named = (
                 self.config.targets_parameter(slot.name)
                 if experts
@@ -221,6 +228,11 @@ class Reader:
                     f"{self.file.path} lacks {PREFIX}{slot.name}, of a module that the config "
                     "lists in modules_to_save."
                 )
+        biases = {name for name, slot in self.slots.items() if slot.own == "bias"}
+        if self.config.bias == "all" and biases and biases.isdisjoint(self._whole):
+            raise AdapterFileError(
+                f"{self.file.path} holds no bias, and the config says that all were trained."
+            )
 
     def _delta(self, whole: list[tuple[Slot, str]]) -> Adapter | None:
         """What was trained whole, as its difference from the base."""
@@ -253,12 +265,12 @@ class Reader:
         return np.array_equal(value.astype(slot.leaf.dtype), self._base(slot))
 
     def _values(self, slot: Slot) -> Any:
-        if isinstance(slot.leaf, jax.ShapeDtypeStruct):
+        if isinstance(as_array(slot.leaf), jax.ShapeDtypeStruct):
             raise LoraError(
                 f"{slot.path!r} is abstract, and the adapter is to be told from its values; wanted "
                 "arrays for params."
             )
-        return jnp.asarray(slot.leaf)
+        return jnp.asarray(floating(slot.path, slot.leaf))
 
     def _foreign(self, tensor: str, name: str) -> AdapterFileError:
         nearest = ", ".join(map(repr, _nearest(name, self.slots)))

@@ -20,11 +20,12 @@ from lorax_fn.io.peft_config import (
     PREFIX,
     WEIGHTS,
     PeftConfig,
+    is_saved,
     most_common,
     pattern_of,
     write_config,
 )
-from lorax_fn.io.tensors import host_array, replacing, write_tensors
+from lorax_fn.io.tensors import floating, host_array, replacing, sync, write_tensors
 from lorax_fn.pairing import pair
 
 Pytree = Any
@@ -44,7 +45,8 @@ def save_peft(
     `Full` trains (PEFT's `modules_to_save`, and the biases of adapted modules) have a form there.
     Factors with a start (PiSSA, OLoRA, …) become plain LoRA of twice the rank. A stack of layers is
     split into its modules; a stack of experts becomes the LoRA of one parameter, or of each
-    expert's module, as the names say. The largest of the dropouts is written.
+    expert's module, as the names say. The largest of the dropouts is written, or none with
+    expert-stacked parameters, of which PEFT drops nothing.
 
     A weight that the JAX model ties (embedding and output head) is adapted in both uses; PEFT
     adapts the module that the name gives, and not the one tied to it.
@@ -81,10 +83,14 @@ def save_peft(
     tensors, config = writer.written()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Both are on disk before either has its name.
-    with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as described:
+    # The weights are named first (the inner context), and no config stands beside them until both
+    # are the new ones: a folder that a crash leaves between is refused, for it has none.
+    with replacing(folder / CONFIG) as described, replacing(folder / WEIGHTS) as weights:
         write_tensors(weights, tensors, {"format": "pt"})
         write_config(described, config, base_model)
+        for file in (weights, described):
+            sync(file)
+        (folder / CONFIG).resolve().unlink(missing_ok=True)
 
 
 class _Writer:
@@ -164,7 +170,13 @@ class _Writer:
                     "PEFT has no form for both."
                 )
         for slot in self.slots.values():
-            if slot.module in saved:
+            if is_saved(slot.module, saved):
+                if slot.module in adapted:
+                    raise LoraError(
+                        f"{slot.module!r} has a LoRA, and PEFT would save it whole, as it does "
+                        f"every module whose name, or that of one around it, ends in one of "
+                        f"{list(saved)}; PEFT has no form for both. Use lora.save."
+                    )
                 tensors[slot.name] = self._parameter(slot)
         return list(saved), biases
 
@@ -176,7 +188,7 @@ class _Writer:
                 "modules whole, and no single parameters of theirs."
             )
         node = self._node(slot)
-        weight = _part(slot, host_array(slot.path, slot.leaf))
+        weight = _part(slot, host_array(slot.path, floating(slot.path, slot.leaf)))
         if node is not None:
             delta = _part(slot, host_array(f"{slot.path}:delta", node.delta))
             weight = weight.astype(delta.dtype) + delta

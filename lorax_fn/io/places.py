@@ -53,7 +53,11 @@ class Place:
                 f"{len(lengths)}; wanted one {{}} for each of the leaf's batch dims, as in "
                 "'model.layers.{}.mlp.up_proj.weight'. Pass names=, and axes= if they are unknown."
             )
-        return {index: self.name.format(*index) for index in indices}
+        first, *others = self.name.split("{}")
+        return {
+            index: first + "".join(f"{i}{part}" for i, part in zip(index, others, strict=True))
+            for index in indices
+        }
 
     @property
     def numbered(self) -> int | None:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_fn.errors import AdapterFileError, LoraError
+from lorax_fn.interpreter import dequantize
+from lorax_fn.leaves import check_installed, is_quantized
 
 LARGEST_HEADER = 16 * 2**20  # bytes; 100,000 tensors need about 10 MiB
 
@@ -160,11 +162,28 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # on disk before it has the name
+        sync(temporary)  # on disk before it has the name
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when what was written to a file is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def floating(path: str, leaf: Any) -> Any:
+    """The floating array that a leaf is, or stands for where it is quantised.
+
+    Raises:
+        LoraError: if it is quantised, and qwix is not installed.
+    """
+    if not is_quantized(leaf):
+        return leaf
+    check_installed(path)
+    return dequantize(leaf)
 
 
 def host_array(path: str, array: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """`save_peft` and `load_peft` on PEFT's own folders and on ours; what they refuse."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -14,6 +15,7 @@ import safetensors.numpy
 
 import lorax_fn as lora
 from lorax_fn.io import Place
+from lorax_fn.io.peft_config import PeftConfig
 from tests.io import jax_models
 from tests.io.folders import assert_same_folder
 from tests.io.trees import assert_same, moved
@@ -297,6 +299,24 @@ WRONG = {
         lambda f: edit(f, rank_pattern={"a?" * 30 + "a" * 30: 2}),
         "too intricate to be run safely",
     ),
+    "a pattern of polynomial time": (
+        lambda f: edit(f, rank_pattern={".*.*.*x": 2}),
+        "too intricate to be run safely",
+    ),
+    "tying that is not read": (
+        lambda f: edit(f, ensure_weight_tying=True),
+        "ensure_weight_tying is True",
+    ),
+    "no tensors": (lambda f: edit_tensors(f, dict.clear), "holds no tensors"),
+    "a parameter that names call a module": (
+        lambda f: edit(f, target_parameters=["head.weight"]),
+        r"'head\.weight' among its target_parameters.*the layout 'linear'",
+    ),
+    "all biases, and none": (lambda f: edit(f, bias="all"), "holds no bias"),
+    "a saved container without tensors": (
+        lambda f: edit(f, modules_to_save=["layer.0"], target_modules=None),
+        r"lacks base_model\.model\.layer\.0\.",
+    ),
     "a number beyond all floats": (lambda f: edit(f, lora_alpha=10**400), "wanted a finite number"),
     "a module without tensors": (
         lambda f: edit(f, target_modules=["up", "head"]),
@@ -420,6 +440,7 @@ NAMES_REFUSED = {
     "no name": ({"x": "y"}, "no name in the PyTorch model"),
     "a bad regex": ({"(": "y"}, "no regex"),
     "one name twice": (lambda path, leaf: "a.weight", "the one name 'a.weight'"),
+    "a group too many": ({r".*up/kernel": r"m.\9.weight"}, "does not fit its groups"),
     "no string": (lambda path, leaf: 7, "the name 7"),
     "a vector": (lambda path, leaf: path.replace("/", ".") + ".bias", "adapts weights of modules"),
 }
@@ -431,6 +452,95 @@ def test_names_are_checked(getkey, tmp_path, params, case):
     factors = lora.init(getkey(), params, [lora.LoRA(["up"], rank=2)])
     with pytest.raises(lora.LoraError, match=message):
         lora.save_peft(tmp_path / "out", params, factors, names=names)
+
+
+def test_braces_in_names_are_letters():
+    assert Place("a.{x}.{}.{0}.weight").slots((2,))[(1,)] == "a.{x}.1.{0}.weight"
+
+
+def test_a_container_saved_whole(getkey, tmp_path):
+    """PEFT keeps every module within; a LoRA there has no form."""
+    up, dense, plain = ({"kernel": jax.random.normal(getkey(), (4, 4))} for _ in range(3))
+    params = {"up": up, "head": {"kernel": jnp.ones((4, 4)), "dense": dense}, "headless": plain}
+    rules = [lora.LoRA(["up"], rank=2, alpha=3), lora.Full("head/kernel")]
+    factors = moved(getkey(), lora.init(getkey(), params, rules))
+    lora.save_peft(tmp_path, params, factors)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.head.dense.weight" in tensors
+    assert "base_model.model.headless.weight" not in tensors
+    again = lora.load_peft(tmp_path, params)
+    assert again["head"]["dense"]["kernel"] is not None
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        lora.merge(params, again),
+        lora.merge(params, factors),
+    )
+    rules = [lora.LoRA(["up", "dense"], rank=2, alpha=3), lora.Full("head/kernel")]
+    with pytest.raises(lora.LoraError, match=r"'head\.dense' has a LoRA, and PEFT would save"):
+        lora.save_peft(tmp_path, params, lora.init(getkey(), params, rules))
+
+
+def test_long_names_are_not_matched():
+    config = PeftConfig(2, 3, target_modules=".*a.*b", target_parameters=("w",))
+    for ask in (config.targets, config.targets_parameter):
+        with pytest.raises(lora.AdapterFileError, match="has 300 letters"):
+            ask("a" * 300)
+
+
+def test_a_crash_between_both_files_leaves_a_folder_that_is_refused(
+    folder, params, getkey, monkeypatch
+):
+    """Both are on disk before the first has its name; the old config is gone by then."""
+    events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def stops_at_the_second(self, target):
+        events.append("replace")
+        if events.count("replace") == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        lora.save_peft(folder, params, made(getkey, params, "rsLoRA"))
+    assert events.index("replace") >= 2
+    monkeypatch.undo()
+    with pytest.raises(lora.AdapterFileError, match="cannot be read"):
+        lora.load_peft(folder, params)
+
+
+def test_a_failed_write_leaves_the_old_folder(folder, params, getkey, monkeypatch):
+    before = lora.load_peft(folder, params)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lorax_fn.io.peft_save.write_config", full)
+    with pytest.raises(OSError, match="No space"):
+        lora.save_peft(folder, params, made(getkey, params, "rsLoRA"))
+    assert_same(lora.load_peft(folder, params), before)
+
+
+@pytest.mark.parametrize("rule", [lora.DoRA, lora.LoRA])
+def test_a_quantised_base(getkey, tmp_path, rule):
+    """DoRA needs its norms, a module trained whole its values: those that its codes stand for."""
+    pytest.importorskip("qwix")
+    shapes = {"up": (64, 32), "head": (64, 32)}
+    params = {m: {"kernel": jax.random.normal(getkey(), s)} for m, s in shapes.items()}
+    params["head"]["bias"] = jnp.ones(32)
+    base = lora.quantize(params, ["up", "head"], dtype="int8", block=32)
+    rules = [rule(["up"], rank=2, alpha=3)]
+    if rule is lora.LoRA:
+        rules.append(lora.Full("head/bias"))
+    factors = moved(getkey(), lora.init(getkey(), base, rules))
+    lora.save_peft(tmp_path, base, factors)
+    again = lora.load_peft(tmp_path, base)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        lora.merge(base, again),
+        lora.merge(base, factors),
+    )
 
 
 def test_a_stack_needs_numbered_names(getkey, tmp_path):
