@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lorax_fn.adapters import is_adapter
 from lorax_fn.cli.base import Base
-from lorax_fn.cli.torch_names import naming_for, shapes_of
+from lorax_fn.cli.torch_names import naming_for, pattern_key, shapes_of
 from lorax_fn.errors import AdapterFileError
 from lorax_fn.io.names import slots_of
 from lorax_fn.io.native import load
@@ -79,12 +80,13 @@ def _describe_peft(path: Path) -> dict[str, Any]:
             t.removeprefix(PREFIX).removeprefix(f"{module}."): list(file.entries[t].shape)
             for t in tensors
         }
+        key = pattern_key(module, config)
         rows.append(
             {
                 "path": module,
                 "kind": ("DoRA" if config.use_dora else "LoRA") if adapted else "whole",
-                "rank": config.rank(module) if adapted else None,
-                "scale": config.scale(module) if adapted else None,
+                "rank": config.rank(key) if adapted else None,
+                "scale": config.scale(key) if adapted else None,
                 "arrays": shapes,
                 "dtype": sorted({file.entries[t].dtype for t in tensors}),
                 "numbers": sum(map(math.prod, shapes.values())),
@@ -132,12 +134,23 @@ def _node_difference(a: Any, b: Any) -> dict[str, Any] | None:
     if settings or shapes:
         return {"difference": "settings or shapes", "settings": settings, "shapes": shapes}
     largest = {
-        name: float(abs(array.astype("float32") - of_b[name].astype("float32")).max())
+        name: _largest_difference(np.asarray(array), np.asarray(of_b[name]))
         for name, array in of_a.items()
     }
+    dtypes = {
+        name: [str(array.dtype), str(of_b[name].dtype)]
+        for name, array in of_a.items()
+        if array.dtype != of_b[name].dtype
+    }
     if max(largest.values()) == 0.0:
-        return None
-    return {"difference": "values", "largest": largest}
+        return {"difference": "dtypes", "dtypes": dtypes} if dtypes else None
+    return {"difference": "values", "largest": largest, **({"dtypes": dtypes} if dtypes else {})}
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """In the wider of both dtypes, and in float32 at least."""
+    wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+    return float(abs(a.astype(wide) - b.astype(wide)).max(initial=0))
 
 
 def _shape(array: Any) -> list[int] | None:

@@ -55,7 +55,7 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
         ]
         for node in described["nodes"]
     ]
-    _print(aligned(["path", "kind", "rank", "scale", "arrays", "dtype"], rows))
+    _print_table(["path", "kind", "rank", "scale", "arrays", "dtype"], rows)
     _print(
         f"{described['format']}, {len(rows)} weights, {described['numbers']:,} numbers, "
         f"{described['bytes']:,} bytes"
@@ -124,7 +124,7 @@ def diff(a: Adapter, b: Adapter, base: BasePath = None, as_json: AsJson = False)
         _print_json({"same": not rows, "differences": rows})
     elif rows:
         cells = [[row["path"], row["difference"], _details(row)] for row in rows]
-        _print(aligned(["path", "difference", "details"], cells))
+        _print_table(["path", "difference", "details"], cells)
     else:
         _print("The adapters are the same.")
     if rows:
@@ -160,9 +160,10 @@ def combine(
 
 
 def _details(row: dict[str, Any]) -> str:
-    parts = {**row.get("settings", {}), **row.get("shapes", {})}
-    parts |= {name: f"±{value:.3g}" for name, value in row.get("largest", {}).items()}
-    return ", ".join(f"{name} {value}" for name, value in parts.items())
+    parts = [*row.get("settings", {}).items(), *row.get("shapes", {}).items()]
+    parts += [(name, f"±{value:.3g}") for name, value in row.get("largest", {}).items()]
+    parts += row.get("dtypes", {}).items()
+    return ", ".join(f"{name} {value}" for name, value in parts)
 
 
 def run() -> int:
@@ -184,13 +185,23 @@ def run() -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"lorax-fn: {' '.join(message.split())}\n")
+    sys.stderr.write(f"lorax-fn: {_printable(' '.join(message.split()))}\n")
     return code
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{_printable(text)}\n")
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    cells = [[_printable(cell) for cell in row] for row in rows]
+    sys.stdout.write(f"{aligned(header, cells)}\n")
+
+
+def _printable(text: str) -> str:
+    """The text, for a terminal: names out of files may hold what moves its cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _print_json(value: Any) -> None:
-    _print(json.dumps(value, indent=2))
+    sys.stdout.write(f"{json.dumps(value, indent=2)}\n")  # which escapes what is no letter

@@ -120,7 +120,14 @@ def _parameter(
     match: re.Match[str], a: tuple[int, ...], b: tuple[int, ...], config: PeftConfig
 ) -> tuple[str, tuple[int, ...]]:
     """Name and shape of an expert-stacked parameter."""
-    module = match["module"]
+    name = _parameter_name(match["module"], match["depth"].count(".base_layer"), config)
+    if name is None:
+        raise AdapterFileError(f"tensor {match[0]!r} belongs to no module that the config targets.")
+    return name, (a[0] // config.rank(name), b[0], a[1])
+
+
+def _parameter_name(module: str, depth: int, config: PeftConfig) -> str | None:
+    """The parameter that a LoRA so deep in a module's wrappers adapts, if the config names it."""
     owns = {
         target.rpartition(".")[2]
         for target in config.target_parameters
@@ -129,11 +136,17 @@ def _parameter(
     names = sorted(
         (f"{module}.{own}" for own in owns), key=lambda n: position_of(n.rpartition(".")[2])
     )
-    inner = len(names) - 1 - match["depth"].count(".base_layer")
-    if not 0 <= inner < len(names):
-        raise AdapterFileError(f"tensor {match[0]!r} belongs to no module that the config targets.")
-    name = names[inner]
-    return name, (a[0] // config.rank(name), b[0], a[1])
+    inner = len(names) - 1 - depth
+    return names[inner] if 0 <= inner < len(names) else None
+
+
+def pattern_key(module: str, config: PeftConfig) -> str:
+    """What a LoRA's rank and scale are asked by: its module, or the parameter that it adapts."""
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    depth = module.count(".base_layer")
+    if not depth and config.targets(module):
+        return module
+    return _parameter_name(bare, depth, config) or module
 
 
 def _difference(base: Mapping[str, Any], file: TensorFile) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 import lorax_fn as lora
+from lorax_fn.adapters import LoRAFactors
 from tests.io.folders import assert_same_folder
 from tests.io.trees import assert_same, moved
 
@@ -111,6 +112,39 @@ def test_diff(cli, getkey, tmp_path, adapter):
         "layer/bias": "only in A",
         "layer/kernel": "settings or shapes",
     }
+
+
+def test_inspect_asks_for_ranks_of_parameters(cli):
+    described = cli("inspect", FIXTURES / "experts", "--json").json
+    nodes = {node["path"]: node for node in described["nodes"]}
+    up, down = nodes["experts.base_layer"], nodes["experts"]
+    assert [(node["rank"], node["scale"]) for node in (up, down)] == [(2, 5 / 2), (3, 5 / 3)]
+
+
+def test_diff_of_wide_and_narrow_dtypes(cli, tmp_path):
+    """Differences below float32's are seen, and so is a dtype alone."""
+    for name, value, dtype in (("a", 1, "f8"), ("b", 1 + 1e-12, "f8"), ("c", 1, "f4")):
+        axes = lora.Axes(contract=(0,), out=(1,))
+        ones = np.full((4, 2), value, dtype), np.full((2, 3), value, dtype)
+        node = LoRAFactors(*ones, scale=1.0, axes=axes, dropout=0.0)
+        lora.save(tmp_path / name, {"w": node})
+    assert cli("diff", tmp_path / "a", tmp_path / "a").code == 0
+    done = cli("diff", tmp_path / "a", tmp_path / "b")
+    assert (done.code, "a ±1e-12, b ±1e-12" in done.out) == (1, True)
+    done = cli("diff", tmp_path / "a", tmp_path / "c")
+    assert (done.code, "a ['float64', 'float32']" in done.out) == (1, True)
+
+
+def test_names_of_files_do_not_speak_to_the_terminal(cli, getkey, tmp_path):
+    name = "w\x1b[2J\nfake\x9b"
+    rules = [lora.LoRA(r"(?s).*", rank=2, alpha=3)]
+    lora.save(tmp_path / "adapter", lora.init(getkey(), {name: jnp.ones((4, 3))}, rules))
+    safetensors.numpy.save_file({"v": np.ones((4, 3), "f4")}, tmp_path / "base")
+    shown = cli("inspect", tmp_path / "adapter")
+    assert "w?[2J?fake?" in shown.out
+    failed = cli("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
+    for text in (shown.out, failed.err, cli("inspect", tmp_path / "adapter", "--json").out):
+        assert not any(escape in text for escape in ("\x1b", "\x9b"))
 
 
 def test_combine_our_own(cli, getkey, tmp_path):
