@@ -73,7 +73,7 @@ def shapes_of(file: TensorFile, config: PeftConfig) -> dict[str, Any]:
         name, shape = f"{module}.weight", (*b[:1], *a[1:])
         if kind == "embedding_A" or (config.fan_in_fan_out and is_conv1d(module)):
             shape = (*a[1:], *b[:1])
-        elif match["depth"] or not config.targets(module):
+        elif match["depth"] or (config.target_parameters and not config.targets(module)):
             name, shape = _parameter(match, a, b, config)
         shapes[name] = jax.ShapeDtypeStruct(shape, np.float32)
     others = [n for n in file.entries if n.endswith(MAGNITUDE) or "lora_" not in n]

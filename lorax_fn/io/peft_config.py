@@ -230,9 +230,11 @@ def _compiled(pattern: str, before: str = "", after: str = "") -> re.Pattern[str
 
 def _is_safe(pattern: str) -> bool:
     """Whether matching a name takes few steps: little is repeated, and nothing within a repeat."""
-    repeats = re.findall(r"[*+{?]", pattern.replace("(?", "("))
+    groups = pattern.replace("(?", "(")
+    repeats = re.findall(r"[*+{?]", groups)
     long = re.findall(r"[*+{]", pattern)  # each multiplies the steps by the letters of a name
-    few = len(repeats) <= 5 and len(long) <= 2
+    ways = math.prod(1 + part.count("|") for part in groups.split("("))
+    few = len(repeats) <= 5 and len(long) <= 2 and ways * 128 ** len(long) <= 2**20
     return len(pattern) <= 10_000 and few and not re.search(r"\)[*+{]", pattern)
 
 

@@ -1,6 +1,8 @@
 """`lorax-fn inspect`, `convert`, `diff`; help, exit codes, and extras that are missing."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,21 @@ def test_convert_there_and_back(cli, tmp_path, case):
     assert_same_folder(tmp_path / "folder", source)
     assert cli("diff", source, tmp_path / "folder").code == 0
     assert cli("diff", source, tmp_path / "file").code == 0
+
+
+def test_convert_with_a_regex_that_is_not_run(cli, tmp_path):
+    """Then the tensors alone say what is adapted."""
+    source = shutil.copytree(FIXTURES / "llama", tmp_path / "source")
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["target_modules"] = r".*model.*layers.*proj"
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    assert cli("convert", source, tmp_path / "file").code == 0
+    assert_same(lora.load(tmp_path / "file"), as_file(cli, FIXTURES / "llama", tmp_path / "plain"))
+
+
+def as_file(cli, folder, path):
+    assert cli("convert", folder, path).code == 0
+    return lora.load(path)
 
 
 def test_convert_to_the_names_of_params(cli, getkey, tmp_path):

@@ -303,6 +303,10 @@ WRONG = {
         lambda f: edit(f, rank_pattern={".*.*.*x": 2}),
         "too intricate to be run safely",
     ),
+    "a pattern of many alternatives": (
+        lambda f: edit(f, rank_pattern={"(a|aa)" * 40 + "b": 2}),
+        "too intricate to be run safely",
+    ),
     "tying that is not read": (
         lambda f: edit(f, ensure_weight_tying=True),
         "ensure_weight_tying is True",
