@@ -32,7 +32,7 @@ def loftq(
     rules: Rule | Iterable[Rule],
     *,
     axes: Pytree | None = None,
-    dtype: str = "nf4",
+    dtype: Any = "nf4",
     block: int = 64,
     steps: int = 1,
 ) -> tuple[Pytree, Pytree]:
@@ -75,7 +75,7 @@ def loftq(
     True
     """
     key = check_key(key, "key")
-    check_type(dtype)
+    type_name = check_type(dtype)
     check_block(block)
     check_count("steps", steps)
     if steps < 1:
@@ -95,11 +95,11 @@ def loftq(
         leaf = leaves[path]
         own_axes = rule.roles(path, leaf, axes_of.get(path))
         options: dict[str, Any] = {"scale": rule.scale, "axes": own_axes}
-        found[path] = quantized(path, leaf, dtype, block)
+        found[path] = quantized(path, leaf, type_name, block)
         start = _factors_of_rest(leaf, found[path], rank=rule.rank, **options)
         for _ in range(1, steps):
             rest = _rest_of_factors(leaf, start, **options)
-            found[path] = quantized(path, rest, dtype, block)
+            found[path] = quantized(path, rest, type_name, block)
             start = _factors_of_rest(leaf, found[path], rank=rule.rank, **options)
         assigned[path] = dataclasses.replace(rule, init=start)
     base = map_with_paths(found.get, params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +35,7 @@ def quantize(
     params: Pytree,
     targets: Targets,
     *,
-    dtype: str = "nf4",
+    dtype: Any = "nf4",
     block: int = 64,
     exclude: Targets | None = None,
 ) -> Pytree:
@@ -47,15 +49,15 @@ def quantize(
 
     Every `block` weights share a scale, their largest magnitude. A block runs along the last dim
     but one, which a Flax kernel contracts, or, if `block` does not divide that, along the last or
-    else the nearest one before. Works under `jax.jit`, on `ShapeDtypeStruct`s under
-    `jax.eval_shape`, and on a mesh, where codes and scales lie as the weight does.
+    else the nearest one before. Works under `jax.jit`, under `jax.eval_shape` and on bare
+    `ShapeDtypeStruct`s, and on a mesh, where codes and scales lie as the weight does.
 
     Args:
         params: arrays; not changed.
         targets: which leaves, in any form that `LoRA` takes; names never pick biases and norms'
             scales. Adapters may be put on these leaves, on others, or on both.
         dtype: "nf4" (4 bits whose 16 values suit a normal distribution), "int4", "int8" or
-            "float8_e4m3".
+            "float8_e4m3"; or the dtype itself, such as `jnp.int8`.
         block: how many weights share a scale. The scales have the weight's dtype: in float32 blocks
             of 64 take half a bit more for each weight.
         exclude: leaves to leave out.
@@ -81,11 +83,11 @@ def quantize(
     (8, 512)
     """
     chosen = targeted(params, targets, exclude)
-    check_type(dtype)
+    name = check_type(dtype)
     check_block(block)
 
     def of(path: str, leaf: Any) -> Any:
-        return quantized(path, leaf, dtype, block) if path in chosen else leaf
+        return quantized(path, leaf, name, block) if path in chosen else leaf
 
     return map_with_paths(of, params)
 
@@ -155,10 +157,20 @@ def targeted(params: Pytree, targets: Targets, exclude: Targets | None) -> set[s
     return chosen
 
 
-def check_type(dtype: Any) -> None:
-    """Raises `LoraError` unless it is the name of a type to quantise to."""
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise LoraError(f"dtype={dtype!r} is unknown; wanted one of {list(DTYPES)}.")
+def check_type(dtype: Any) -> str:
+    """The name in `DTYPES` of a type to quantise to, given by it or as a dtype.
+
+    Raises:
+        LoraError: if it is none of them.
+    """
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return dtype
+    with contextlib.suppress(TypeError):
+        given = jnp.dtype(dtype)
+        for name, known in DTYPES.items():
+            if known != "nf4" and given == jnp.dtype(known):
+                return name
+    raise LoraError(f"dtype={dtype!r} is unknown; wanted one of {list(DTYPES)}.")
 
 
 def check_block(block: Any) -> None:
@@ -190,7 +202,8 @@ def quantized(path: str, leaf: Any, dtype: str, block: int) -> Any:
             "small already. Exclude the leaf."
         )
     check_installed(path)
-    return _compiled(_blocked_dim(path, leaf.shape, block), dtype, block, _sharding(leaf))(leaf)
+    fn = _compiled(_blocked_dim(path, leaf.shape, block), dtype, block, _sharding(leaf))
+    return jax.eval_shape(fn, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else fn(leaf)
 
 
 def _blocked_dim(path: str, shape: tuple[int, ...], block: int) -> int:
@@ -224,8 +237,12 @@ def _compiled(
         leaf = jnp.asarray(leaf)
         others = [d for d in range(leaf.ndim) if d != dim]
         options: dict[str, Any] = {"channelwise_axes": others, "tiled_axes": {dim: block}}
+        # qwix takes a scale below the square root of the dtype's least number for nothing: in
+        # float16 that is 0.008, above any scale that weights have.
+        wide = leaf.astype(jnp.float32) if leaf.dtype == jnp.float16 else leaf
         with qwix_promotion():
-            array = qwix.quantize(leaf, DTYPES[dtype], **options)
+            array = qwix.quantize(wide, DTYPES[dtype], **options)
+        array = dataclasses.replace(array, scale=array.scale.astype(leaf.dtype))
         if sharding is None:
             return array
         return jax.tree.map(

@@ -108,6 +108,19 @@ def test_other_rules_do_what_they_do_in_init():
     assert factors["bias"].delta.shape == (3,)
 
 
+def test_small_float16_weights(getkey):
+    w = (0.02 * jax.random.normal(getkey(), (256, 64))).astype(jnp.float16)
+    rule = lora.LoRA("w", rank=2, init="loftq")
+    base, factors = lora.loftq(getkey(), {"w": w}, rule, dtype=jnp.int8)
+    assert base["w"].dtype == jnp.float16
+    error = lora.quantization_error({"w": w}, base)["w"]
+    assert error < 0.01
+    merged = lora.merge(base, factors)["w"]
+    assert jnp.linalg.norm((merged - w).astype(jnp.float32)) < 0.01 * jnp.linalg.norm(
+        w.astype(jnp.float32)
+    )
+
+
 def test_works_under_jit(stack):
     rule = lora.LoRA("w", rank=4, alpha=12, init="loftq")
 

@@ -63,6 +63,15 @@ def test_error_of_each_type_is_that_of_its_rounding(params, dtype):
     assert (np.abs(blocks - q.reshape(2, 64, 192)) <= BOUNDS[dtype] * largest).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_float16_weights_lose_no_more_than_wide_ones(dtype, getkey):
+    """A block's scale is 0.0004 in int8: far below what float16 squares to."""
+    params = {"w": (0.02 * jax.random.normal(getkey(), (256, 64))).astype(jnp.float16)}
+    base = lora.quantize(params, "w", dtype=dtype)
+    assert base["w"].dtype == floating(base, params)["w"].dtype == jnp.float16
+    assert lora.quantization_error(params, base)["w"] == pytest.approx(ERRORS[dtype], rel=0.1)
+
+
 def test_only_the_targets_change_and_nothing_is_mutated(params):
     before = jax.tree.map(np.array, params)
     base = lora.quantize(params, ["layer"], dtype="nf4")
@@ -284,6 +293,26 @@ def test_where_a_leaf_has_to_be_dequantised_for_good_it_says_so(params):
         wrapped(base, nothing(params), jnp.ones((2, 128)))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(jnp.int8, "int8"), (jnp.dtype("int4"), "int4"), (jnp.float8_e4m3fn, "float8_e4m3")],
+    ids=lambda value: str(value),
+)
+def test_a_type_is_given_by_its_name_or_as_a_dtype(params, dtype, name):
+    base = lora.quantize(params, ["layer"], dtype=dtype)["layer"]["kernel"]
+    named = lora.quantize(params, ["layer"], dtype=name)["layer"]["kernel"]
+    assert base.qvalue.dtype == named.qvalue.dtype
+    np.testing.assert_array_equal(base.scale, named.scale)
+
+
+def test_shapes_alone_are_quantised_as_by_eval_shape(params):
+    shapes = jax.eval_shape(lambda params: params, params)
+    base = lora.quantize(shapes, ["layer"])
+    wanted = jax.eval_shape(lambda params: lora.quantize(params, ["layer"]), params)
+    assert jax.tree.structure(base) == jax.tree.structure(wanted)
+    assert jax.tree.leaves(base) == jax.tree.leaves(wanted)
+
+
 def test_init_and_quantize_under_jit_and_abstractly(params):
     def make(key, params):
         base = lora.quantize(params, ["layer"])
@@ -365,7 +394,8 @@ def test_linen_boxes_nnx_states_and_equinox_modules(getkey):
     ("error", "targets", "options", "message"),
     [
         (lora.LoraError, ["layer"], {"dtype": "fp4"}, "dtype='fp4' is unknown; wanted one of ['nf4', 'int4', 'int8', 'float8_e4m3']."),
-        (lora.LoraError, ["layer"], {"dtype": jnp.int8}, "is unknown; wanted one of ['nf4'"),
+        (lora.LoraError, ["layer"], {"dtype": jnp.int16}, "is unknown; wanted one of ['nf4'"),
+        (lora.LoraError, ["layer"], {"dtype": None}, "dtype=None is unknown; wanted one of ['nf4'"),
         (lora.LoraError, ["layer"], {"block": 7}, "block=7 divides no dim of 'layer/kernel' of shape [128, 192]. Choose a block that does, or exclude the leaf."),
         (lora.LoraError, ["layer"], {"block": 0}, "block=0; wanted an integer of at least 1, such as 64."),
         (lora.LoraError, ["layer"], {"block": 64.0}, "block=64.0; wanted an integer"),
