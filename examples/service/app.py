@@ -84,7 +84,11 @@ class Service:
             raise HTTPException(422, str(e)) from e
         except FullError as e:
             raise HTTPException(409, str(e)) from e
-        await asyncio.wrap_future(self.engine.change(lambda: self.slots.write(slot, padded)))
+        try:
+            await asyncio.wrap_future(self.engine.change(lambda: self.slots.write(slot, padded)))
+        except BaseException:  # also if the request is cancelled; the slot waits for the write
+            self.engine.change(lambda: self.slots.free.append(slot))
+            raise
         old = self.slots.entries.get(name)
         self.slots.entries[name] = Entry(slot, labels)
         await self._release(old)

@@ -106,7 +106,7 @@ def _padded(name: str, array: np.ndarray, shape: Sequence[int], span: Sequence[A
         n <= wanted if dim is None else n == wanted
         for n, wanted, dim in zip(array.shape, shape, span, strict=True)
     )
-    if not fits or array.dtype.kind != "f":
+    if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
         raise BadAdapterError(
             f"{name!r} is {array.dtype}{list(array.shape)}; wanted floats {list(shape)}, "
             "or of lower rank"

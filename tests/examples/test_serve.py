@@ -211,6 +211,32 @@ def test_a_failure_within_is_no_traceback(service, monkeypatch):
         assert "secret" not in answer.text
 
 
+def test_a_slot_whose_adapter_was_not_written_is_free_again(service, params, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(service.slots, "write", broken)
+    service.engine.start()
+    file = to_bytes(factors_of(params, 2, 5.0))
+
+    async def conversation(client):
+        return [await client.put("/adapters/x?labels=a", content=file) for _ in range(4)]
+
+    assert [answer.status_code for answer in talk(service, conversation)] == [500] * 4
+    service.engine.stop()
+    assert sorted(service.slots.free) == [0, 1, 2]
+    assert service.slots.entries == {}
+
+
+def test_bfloat16_adapters_are_taken(service, params):
+    factors = factors_of(params, 2, 5.0)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), factors)
+    got, wanted = (service.slots.read(to_bytes(f)) for f in (half, factors))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.02)
+
+
 def test_batches_have_few_sizes(service):
     """So what is compiled before the first request is all there is."""
     shapes = set()
