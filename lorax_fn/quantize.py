@@ -14,7 +14,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_fn.errors import LoraError, StructureError, TargetError
-from lorax_fn.interpreter import dequantize, qwix_promotion
+from lorax_fn.interpreter import (
+    dequantize,
+    explicit_spec,
+    laid_out_by_compiler,
+    qwix_promotion,
+)
 from lorax_fn.leaves import check_installed, is_quantized, type_name
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 from lorax_fn.rules import no_match
@@ -231,10 +236,9 @@ def _compiled(
 ) -> Callable[[Any], Any]:
     """From a floating array to a quantised one that lies as it does."""
 
-    def fn(leaf: Any) -> Any:
+    def coded(leaf: jax.Array) -> Any:
         import qwix
 
-        leaf = jnp.asarray(leaf)
         others = [d for d in range(leaf.ndim) if d != dim]
         options: dict[str, Any] = {"channelwise_axes": others, "tiled_axes": {dim: block}}
         # qwix takes a scale below the square root of the dtype's least number for nothing: in
@@ -242,7 +246,16 @@ def _compiled(
         wide = leaf.astype(jnp.float32) if leaf.dtype == jnp.float16 else leaf
         with qwix_promotion():
             array = qwix.quantize(wide, DTYPES[dtype], **options)
-        array = dataclasses.replace(array, scale=array.scale.astype(leaf.dtype))
+        return dataclasses.replace(array, scale=array.scale.astype(leaf.dtype))
+
+    def fn(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        if explicit_spec(leaf) is not None:
+            shapes = jax.eval_shape(coded, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+            own = jax.typeof(leaf).sharding
+            cut_alike = jax.tree.map(lambda part: _cut_alike(part.shape, own), shapes)
+            return laid_out_by_compiler(coded, cut_alike, leaf)
+        array = coded(leaf)
         if sharding is None:
             return array
         return jax.tree.map(

@@ -22,14 +22,25 @@ import numpy as np
 from jax import lax
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.explicit import explicit_spec, laid_out_by_compiler
 from lorax_fn.interpreter.tie import tied
 
 
 def dequantize(array: Any) -> jax.Array:
     """The floating array that a `qwix.QArray` stands for, in the dtype of its scales.
 
-    Row by row: qwix looks NF4's codes up in one long row, for which a mesh would have to gather
-    those of all its devices.
+    It lies as the codes do, also on a mesh with explicit axes, where qwix's own reshapes and
+    gathers would not say how their results lie.
+    """
+    if explicit_spec(array.qvalue) is None:
+        return _by_rows(array)
+    return laid_out_by_compiler(_by_rows, jax.typeof(array.qvalue).sharding, array)
+
+
+def _by_rows(array: Any) -> jax.Array:
+    """Row by row: qwix looks NF4's codes up in one long row.
+
+    For that row a mesh would have to gather the codes of all its devices.
     """
     import qwix
 

@@ -7,7 +7,7 @@ own equations has to say both. On other meshes, and without one, nothing here do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,13 @@ def placed_like(array: jax.Array, model: jax.Array) -> jax.Array:
     if explicit_spec(model) is None or jax.typeof(array).sharding == jax.typeof(model).sharding:
         return array
     return jax.sharding.reshard(array, jax.typeof(model).sharding)
+
+
+def laid_out_by_compiler(fn: Callable[..., Any], shardings: Any, *arrays: Any) -> Any:
+    """`fn(*arrays)`, told how its results lie; the compiler finds how its steps do."""
+    mesh = jax.tree.leaves(shardings)[0].mesh.abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=shardings)(*arrays)
 
 
 def dot_sharding(

@@ -81,7 +81,8 @@ class Step:
         """The operation of an equation."""
 
         def compute(*operands: Any) -> list[Any]:
-            results = compat.bind(eqn, operands)
+            with eqn.ctx.manager:  # long after the interpreter has left the equation
+                results = compat.bind(eqn, operands)
             return list(results) if eqn.primitive.multiple_results else [results]
 
         rule = ON_CODES.get(eqn.primitive)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from lorax_fn.interpreter import compat
+from lorax_fn.interpreter.explicit import explicit_spec, laid_out_by_compiler
 
 
 def tied(codes: Any, data: Any) -> Any:
@@ -29,6 +31,12 @@ def _held_back(codes: Any, data: Any) -> Any:
 
 
 def _with_zero(codes: Any, data: Any) -> Any:
+    if explicit_spec(codes) is None:
+        return _added_zero(codes, data)
+    return laid_out_by_compiler(_added_zero, jax.typeof(codes).sharding, codes, data)
+
+
+def _added_zero(codes: Any, data: Any) -> Any:
     """The codes plus a zero: a word of at most 64 bits has fewer than 128 of them set."""
     if data.size == 0:
         return codes

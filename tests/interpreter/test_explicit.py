@@ -115,6 +115,40 @@ def test_values_gradients_and_their_places_are_those_of_the_merged_model(mesh, g
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "spec"),
+    [("nf4", IN), ("nf4", OUT), ("nf4", P("data", "model")), ("int8", P(("data", "model"), None))],
+    ids=str,
+)
+def test_quantised_weights_are_cut_and_computed_as_they_lie(mesh, getkey, dtype, spec):
+    def fn(params, ids, x):
+        rows = params["embedding"].at[ids].get(out_sharding=P("data", None))
+        return rows, jnp.einsum("bi,io->bo", x, params["w"], out_sharding=P("data", None))
+
+    def put(*shape):
+        return jax.device_put(jax.random.normal(getkey(), shape), NamedSharding(mesh, spec))
+
+    params = {"embedding": put(64, 64), "w": put(64, 32)}
+    ids = jax.device_put(jnp.arange(8) * 7, NamedSharding(mesh, P("data")))
+    x = jax.device_put(jax.random.normal(getkey(), (8, 64)), NamedSharding(mesh, P("data")))
+    base = lora.quantize(params, ["embedding", "w"], dtype=dtype, block=8)
+    assert base["w"].qvalue.sharding == params["w"].sharding
+    within = jax.jit(lambda params: lora.quantize(params, ["w"], dtype=dtype, block=8))(params)
+    assert within["w"].qvalue.sharding == params["w"].sharding
+    factors = lora.init(getkey(), base, [lora.LoRA(["embedding", "w"], rank=2, alpha=3.0)])
+    factors = jax.tree.map(lambda a: a + 0.1, factors)
+    merged = lora.merge(base, factors)
+    assert merged["w"].sharding == params["w"].sharding
+
+    def loss(run):
+        return jax.value_and_grad(lambda f: sum(jnp.square(y).mean() for y in run(f)))(factors)
+
+    got = jax.jit(lambda: loss(lambda f: lora.wrap(fn)(base, f, ids, x)))()
+    wanted = loss(lambda f: fn(lora.merge(base, f), ids, x))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * abs(theirs).max())
+
+
 def test_many_adapters_at_once(mesh, getkey):
     w = jax.device_put(jax.random.normal(getkey(), (16, 32)), NamedSharding(mesh, IN))
     x = jax.device_put(

@@ -296,7 +296,7 @@ def test_where_a_leaf_has_to_be_dequantised_for_good_it_says_so(params):
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [(jnp.int8, "int8"), (jnp.dtype("int4"), "int4"), (jnp.float8_e4m3fn, "float8_e4m3")],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_a_type_is_given_by_its_name_or_as_a_dtype(params, dtype, name):
     base = lora.quantize(params, ["layer"], dtype=dtype)["layer"]["kernel"]
