@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 
 from lorax_fn.adapters import is_adapter
 from lorax_fn.errors import AdapterFileError, LoraError
+from lorax_fn.leaves import is_quantized, type_name
 from lorax_fn.paths import leaves_with_paths, map_with_paths
 
 Pytree = Any
 
 FORMAT = "lorax_fn checkpoint 1"
+UNWRITABLE = ("uint4", "int2", "uint2", "float4_e2m1fn")  # dtypes that tensorstore lacks
 DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 """What orbax, tensorstore and json raise for a file that is cut short, gone or something else."""
 
@@ -35,13 +38,15 @@ def save_checkpoint(
         folder: a folder for the checkpoints of this run, made if need be.
         step: how many steps are done; above that of each checkpoint in the folder.
         factors: what `init` made, trained.
-        state: the optimiser's state, or any pytree of arrays and PRNG keys.
+        state: the optimiser's state, or any pytree of PRNG keys and of arrays that are not empty,
+            of numbers in whole bytes or of int4; no quantised arrays, which belong to the base.
         keep: how many checkpoints stay; older ones are deleted once this one is written.
 
     Raises:
         AdapterFileError: if the folder holds checkpoints of other factors, or of this step or a
             later one, or no checkpoints of this function. Nothing is written or deleted then.
-        LoraError: if step or keep are no such numbers, or there is nothing to save.
+        LoraError: if step or keep are no such numbers, there is nothing to save, a leaf is none
+            that can be written, or two have one path. Nothing is written then.
 
     >>> import jax, jax.numpy as jnp, optax, tempfile, lorax_fn as lora
     >>> factors = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, [lora.LoRA("w", rank=1)])
@@ -156,11 +161,10 @@ class _Contents:
             )
         tree = {"factors": factors, "state": state}
         leaves = leaves_with_paths(tree)
+        for names in ([f"factors/{path}" for path, _ in nodes], [path for path, _ in leaves]):
+            _check_differ(names)
         for path, leaf in leaves:
-            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-                raise LoraError(
-                    f"{path!r} is {leaf!r}; wanted arrays. Make it one: jnp.asarray(…)."
-                )
+            _check_writable(path, leaf)
         return cls(tree, dict(leaves), settings)
 
     def record(self) -> dict[str, Any]:
@@ -186,6 +190,32 @@ class _Contents:
     def rebuild(self, arrays: dict[str, Any]) -> tuple[Pytree, Pytree]:
         tree = map_with_paths(lambda path, _: arrays[path], self.tree)
         return tree["factors"], tree["state"]
+
+
+def _check_differ(paths: list[str]) -> None:
+    """Raises `LoraError` if two are the same, of which one would be lost."""
+    for path, count in collections.Counter(paths).items():
+        if count > 1:
+            raise LoraError(
+                f"{count} leaves have the path {path!r}; wanted one. Rename a key with a '/' in it."
+            )
+
+
+def _check_writable(path: str, leaf: Any) -> None:
+    """Raises `LoraError` unless it is what a checkpoint can hold."""
+    if is_quantized(leaf):
+        raise LoraError(
+            f"{path!r} is quantised, as {type_name(leaf.qtype)}; wanted an array. Leave the base "
+            "out: it is not saved, or save the leaf's qvalue and scale."
+        )
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise LoraError(f"{path!r} is {leaf!r}; wanted arrays. Make it one: jnp.asarray(…).")
+    is_number = jnp.issubdtype(leaf.dtype, np.number) and leaf.dtype.name not in UNWRITABLE
+    if 0 in leaf.shape or not (is_number or leaf.dtype == bool or _is_key(leaf)):
+        raise LoraError(
+            f"{path!r} is {leaf.dtype}{list(leaf.shape)}; wanted one number at least, of int4 or "
+            "of whole bytes, or PRNG keys. Cast it, or leave it out and make it anew."
+        )
 
 
 def _settings(node: Any) -> dict[str, str]:
@@ -279,7 +309,9 @@ def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
 def _checksum(array: jax.Array) -> jax.Array:
     if _is_key(array):
         array = jax.random.key_data(array)
-    if array.dtype == bool:
-        array = array.astype(jnp.uint8)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag])
+    if array.dtype in (bool, jnp.int4):  # neither is whole bytes
+        array = array.astype(jnp.int8)
     octets = jax.lax.bitcast_convert_type(array, jnp.uint8)
     return octets.astype(jnp.uint32).sum(dtype=jnp.uint32)
