@@ -18,6 +18,7 @@ from lorax_fn.interpreter import (
     dequantize,
     explicit_spec,
     laid_out_by_compiler,
+    parts_of,
     qwix_promotion,
 )
 from lorax_fn.leaves import check_installed, is_quantized, type_name
@@ -270,7 +271,5 @@ def _cut_alike(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding
     """The sharding, for codes or scales: a dim that the mesh does not divide is whole."""
     cuts = []
     for length, cut in zip(shape, [*sharding.spec, *[None] * len(shape)], strict=False):
-        names = () if cut is None else cut if isinstance(cut, tuple) else (cut,)
-        parts = int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
-        cuts.append(cut if length % parts == 0 else None)
+        cuts.append(cut if length % parts_of(cut, sharding.mesh.shape) == 0 else None)
     return NamedSharding(sharding.mesh, PartitionSpec(*cuts), memory_kind=sharding.memory_kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from lorax_fn.adapters import Adapter
 from lorax_fn.errors import LoraError
-from lorax_fn.interpreter import compat
+from lorax_fn.interpreter import compat, parts_of
 from lorax_fn.leaves import is_quantized, structure
 from lorax_fn.pairing import pair
 from lorax_fn.paths import box_key_paths, leaves_with_paths
@@ -157,8 +156,7 @@ def _check_divides(
     path: str, shape: tuple[int, ...], cuts: list[Any], sharding: NamedSharding
 ) -> None:
     for length, axes in zip(shape, cuts, strict=True):
-        names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-        parts = math.prod(sharding.mesh.shape[name] for name in names)
+        parts = parts_of(axes, sharding.mesh.shape)
         if length % parts:
             raise LoraError(
                 f"the weight at {path!r} is cut by {sharding.spec}, and the {parts} parts of "

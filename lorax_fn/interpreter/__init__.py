@@ -15,7 +15,7 @@ from lorax_fn.interpreter import (  # noqa: F401 (imported for the rules they re
     shapes,
 )
 from lorax_fn.interpreter.codes import dequantize, qwix_promotion
-from lorax_fn.interpreter.explicit import explicit_spec, laid_out_by_compiler
+from lorax_fn.interpreter.explicit import explicit_spec, laid_out_by_compiler, parts_of
 from lorax_fn.interpreter.factor import RANK, Factor, labelled_dot
 from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.loop import interpret
@@ -37,6 +37,7 @@ __all__ = [
     "interpret",
     "labelled_dot",
     "laid_out_by_compiler",
+    "parts_of",
     "qwix_promotion",
     "wide_dtype",
 ]

@@ -7,6 +7,7 @@ own equations has to say both. On other meshes, and without one, nothing here do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,12 @@ def explicit_spec(array: Any) -> tuple[Any, ...] | None:
     if AxisType.Explicit not in (sharding.mesh.axis_types or ()):
         return None
     return (*sharding.spec, *[None] * (array.ndim - len(sharding.spec)))
+
+
+def parts_of(cut: Any, sizes: Any) -> int:
+    """Into how many parts the entry of a `PartitionSpec` cuts a dim, on a mesh of these sizes."""
+    names = () if cut is None else cut if isinstance(cut, tuple) else (cut,)
+    return math.prod(sizes[name] for name in names)
 
 
 def placed_like(array: jax.Array, model: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.codes import ON_CODES, Codes
+from lorax_fn.interpreter.explicit import parts_of
 from lorax_fn.interpreter.frozen_dot import frozen_dot
 from lorax_fn.interpreter.kronecker import NotFactoredError
 
@@ -211,8 +212,7 @@ def split_specs(base: Any, spec: Any, sizes: Any) -> Any:
 
 
 def _checked(cut: Any, count: int, sizes: Any) -> Any:
-    names = () if cut is None else cut if isinstance(cut, tuple) else (cut,)
-    if count % math.prod(sizes[name] for name in names):
+    if count % parts_of(cut, sizes):
         raise NotFactoredError
     return cut
 
