@@ -42,7 +42,7 @@ def _gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> Any:
     )
     if not weight.terms and lookup.batch:  # a row for each of many indices
 
-        def add_up() -> jax.Array:
+        def add_up() -> Any:
             ctx.factored(weight, eqn)
             return gathered.add_up()
 
