@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import lorax_fn as lora
-from tests.battery.cases import FACTORED
+from tests.battery.cases import ALL, FACTORED, OPERATIONS
 from tests.battery.materials import materials
 from tests.battery.transforms import Run
 
@@ -16,7 +16,12 @@ LEAKS_IN_JAX = {
 }
 
 
-@pytest.mark.parametrize("case", [c for c in FACTORED if c.name not in LEAKS_IN_JAX], ids=repr)
+CHECKED = [
+    case for case in FACTORED if (ALL or case.name in OPERATIONS) and case.name not in LEAKS_IN_JAX
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=repr)
 def test_no_tracer_leaks(case):
     drawn, run = materials(case), Run(case, lora.wrap(case.fn))
     with jax.checking_leaks():
