@@ -134,18 +134,12 @@ def write_tensors(
     Raises:
         OSError: if the disk is full, or the folder is missing.
     """
-    names = {dtype: dtype.name for dtype in DTYPES.values()}
-    tensors = {
-        name: {
-            "dtype": names[array.dtype],
-            "shape": array.shape,
-            "data": np.ascontiguousarray(array).tobytes(),
-        }
-        for name, array in arrays.items()
-    }
     safetensors = import_safetensors()
+    from safetensors.numpy import save_file
+
     try:
-        safetensors.serialize_file(tensors, path, dict(metadata))
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(whole, path, dict(metadata))
     except safetensors.SafetensorError as e:  # what the library makes of the system's errors
         raise OSError(f"{path} cannot be written: {e}") from e
 
