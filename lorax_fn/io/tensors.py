@@ -138,7 +138,10 @@ def write_tensors(
     from safetensors.numpy import save_file
 
     try:
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        whole = {  # np.ascontiguousarray alone would give a scalar a dim
+            name: array if array.flags.c_contiguous else np.ascontiguousarray(array)
+            for name, array in arrays.items()
+        }
         save_file(whole, path, dict(metadata))
     except safetensors.SafetensorError as e:  # what the library makes of the system's errors
         raise OSError(f"{path} cannot be written: {e}") from e
