@@ -133,9 +133,14 @@ class SentenceEncoder(nn.Module):
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         x = Embeddings(self.config, name="embeddings")(ids)
         x = Stack(self.config, name="encoder")(x, mask.astype(bool))
-        weights = mask.astype(x.dtype)[:, :, None]
-        pooled = (x * weights).sum(1) / weights.sum(1)  # (batch, width)
-        return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
+        return pool(x, mask)
+
+
+def pool(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean of the tokens (batch, time, width) that count, as a unit vector (batch, width)."""
+    weights = mask.astype(x.dtype)[:, :, None]
+    pooled = (x * weights).sum(1) / weights.sum(1)
+    return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
 
 
 class Classifier(nn.Module):

@@ -19,23 +19,30 @@ from minilm.data import Split
 from minilm.encoder import Classifier
 from minilm.linear_head import head_on_encoder
 from minilm.options import positive
+from minilm.scanned import ScannedClassifier
 from minilm.training import accuracy, batches, fit, nbytes, optimiser, predict
 
 Pytree = Any
+Model = Classifier | ScannedClassifier
 
 RULES = [
     lora.LoRA(r".*/encoder/.*/kernel", rank=8, alpha=16.0),
     lora.Full(r".*/classifier/.*"),
 ]
+CLASSIFIER = Classifier(len(data.PACKAGES))
 TOLERANCE = 1e-3  # largest difference of a loss: the same sums in another order, step after step
 
 
 @dataclasses.dataclass
 class Job:
-    """What a training loop gets: the frozen model, the factors to train, the data."""
+    """What a training loop gets: the frozen model, the factors to train, the data.
+
+    `alone` is the model as one device runs it, to compare with.
+    """
 
     options: argparse.Namespace
-    model: Classifier
+    model: Model
+    alone: Model
     splits: dict[str, Split]
     variables: Pytree
     factors: Pytree
@@ -88,20 +95,29 @@ def parse_options(
 
 
 def prepare(
-    options: argparse.Namespace, place: Callable[[Pytree], Pytree] = lambda params: params
+    options: argparse.Namespace,
+    place: Callable[[Pytree], Pytree] = lambda variables: variables,
+    model: Model = CLASSIFIER,
+    alone: Model | None = None,
 ) -> Job:
-    """The published encoder with a head trained on its embeddings, `place`d; factors beside it."""
+    """The published encoder with a head trained on its embeddings, `place`d; factors beside it.
+
+    Args:
+        options: of `parse_options`.
+        place: makes of `Classifier`'s variables what `model` takes, and puts them on devices.
+        model: what is trained.
+        alone: what computes the same on one device, if that is not `model`.
+    """
     splits = data.load(data.collect(), weights.load_tokenizer(options.length), options.limit)
     classes = len(data.PACKAGES)
     published = jax.device_put(weights.load_params())
     head = head_on_encoder(published, splits, classes, options.batch).trained
-    model = Classifier(classes)
     variables = place({"params": {"bert": published, "classifier": head}})
     example = splits["train"].take(slice(options.batch))
     axes = lora.infer_axes(model.apply, variables, example.ids, example.mask)
     factors = lora.init(jax.random.key(options.seed), variables, RULES, axes=axes)
     tx = lora.freeze(optimiser(options.lr, options.steps))
-    return Job(options, model, splits, variables, factors, tx)
+    return Job(options, model, alone or model, splits, variables, factors, tx)
 
 
 def report(
@@ -119,7 +135,7 @@ def report(
         The losses, the accuracy, and the largest difference of a loss from one device's.
     """
     merged = jax.device_put(lora.merge(job.variables, trained), jax.local_devices()[0])
-    answer = functools.partial(jax.jit(job.model.apply), merged)
+    answer = functools.partial(jax.jit(job.alone.apply), merged)
     test = job.splits["test"]
     results: dict[str, Any] = {"losses": losses}
     results["test"] = accuracy(predict(answer, test, job.options.batch), test.labels)
@@ -137,7 +153,7 @@ def difference_from_one_device(job: Job, losses: list[float]) -> float:
     """The same steps with the whole batch on one device. Raises if the losses do not agree."""
     operands = jax.device_put((job.variables, job.factors), jax.local_devices()[0])
     options = job.options
-    alone = fit("one device", job.apply, *operands, job.tx, job.splits,
+    alone = fit("one device", lora.wrap(job.alone.apply), *operands, job.tx, job.splits,
                 steps=options.steps, batch=options.batch, seed=options.seed)  # fmt: skip
     same_steps = alone.losses[len(alone.losses) - len(losses) :]
     difference = float(np.abs(np.subtract(losses, same_steps)).max(initial=0.0))

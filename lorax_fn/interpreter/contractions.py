@@ -20,12 +20,19 @@ from jax import lax
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
+from lorax_fn.interpreter.gains import (
+    apply_gains,
+    can_gain,
+    fold,
+    gained_product,
+    gained_share,
+    is_narrow,
+)
 from lorax_fn.interpreter.kronecker import KroneckerTerm
 from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
-from lorax_fn.interpreter.quantized import consumed
 from lorax_fn.interpreter.rule import RULES, Context
-from lorax_fn.interpreter.weight import Term, Weight, wide_dtype
+from lorax_fn.interpreter.weight import Term, Weight
 
 Dot = Callable[..., Factor]
 
@@ -48,14 +55,18 @@ class Contraction:
     dtype: Any
     dot: Dot
 
-    def shares(self, ctx: Context, x: Factor, weight: Weight) -> tuple[jax.Array, ...]:
-        """The share of every term."""
-        return tuple(
+    def shares(
+        self, ctx: Context, x: Factor, weight: Weight, gains: tuple[Factor, ...]
+    ) -> tuple[jax.Array, ...]:
+        """The share of every term, multiplied by those gains of the weight that x did not take."""
+        terms, left = fold(weight.terms, gains)
+        shares = (
             self.kronecker(x, term, weight.shape)
             if isinstance(term, KroneckerTerm)
             else self.low_rank(x, term, next(ctx.uses))
-            for term in weight.terms
+            for term in terms
         )
+        return tuple(gained_share(share, self.out, left) for share in shares)
 
     def kronecker(self, x: Factor, term: KroneckerTerm, shape: tuple[int, ...]) -> jax.Array:
         """The share of a Kronecker term, of the result's shape."""
@@ -100,51 +111,14 @@ class Contraction:
         return all(any({*gain.dims} <= stage for stage in stages) for gain in term.gains)
 
 
-def apply_gains(x: Factor, gains: Sequence[Factor]) -> tuple[Factor, tuple[Factor, ...]]:
-    """Multiplies x by the gains that it spans, in float32 or wider: (x, the other gains)."""
-    now = [gain for gain in gains if set(gain.dims) <= set(x.dims)]
-    later = tuple(gain for gain in gains if not set(gain.dims) <= set(x.dims))
-    if not now:
-        return x, later
-    scaled = x.astype(wide_dtype(x.array.dtype))
-    for gain in now:
-        scaled = scaled.times(gain)
-    return scaled.astype(x.array.dtype), later
-
-
-def can_gain(
-    x: Any, labels: Sequence[Label], gains: Sequence[Factor], summed: Sequence[int]
-) -> bool:
-    """Whether each gain can be applied to x, or to the result because none of it is summed over."""
-    for gain in gains:
-        on_x = set(gain.dims) <= set(labels)
-        if on_x and (_is_narrow(x.dtype) or not jnp.issubdtype(x.dtype, jnp.floating)):
-            return False  # x times the gain would be rounded to what x can hold
-        if not on_x and gain.spanned & set(summed):
-            return False
-    return True
-
-
-def gained(total: PendingSum, labels: Sequence[Label], gains: Sequence[Factor]) -> Any:
-    """The result of a contraction, its dims labelled, with the weight's remaining gains applied."""
-    if not gains:
-        return total
-    result, _ = apply_gains(Factor(total.settle(), tuple(labels)), gains)
-    return result.array
-
-
 def joint_dtype(x: Any, weight: Any) -> Any:
     """The dtype in which data meets a factor: the wider of the data's and the weight's.
 
     At least bfloat16: floats of eight bits or fewer are for storage, and have no common type.
     """
-    wide = [jnp.bfloat16 if _is_narrow(dtype) else dtype for dtype in (x, weight)]
+    wide = [jnp.bfloat16 if is_narrow(dtype) else dtype for dtype in (x, weight)]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(*wide)
-
-
-def _is_narrow(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 
 def order_factors(term: Term, summed: frozenset[int]) -> tuple[Factor, Factor]:
@@ -199,10 +173,12 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
 
     labelled, gains = apply_gains(Factor(x, x_labels), weight.gains)
     x = labelled.array
-    base = consumed(eqn, [weight.base, x] if weight_is_lhs else [x, weight.base])
+    out = (*batch[w_side], *free)
+    operands = [weight.base, x] if weight_is_lhs else [x, weight.base]
+    base = gained_product(eqn, operands, x_side, out, gains)
     contraction = Contraction(
         summed=frozenset(contracted[w_side]),
-        out=(*batch[w_side], *free),
+        out=out,
         shape=base.shape,
         dtype=weight.dtype,
         dot=functools.partial(
@@ -213,8 +189,7 @@ def _dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
         ),
     )
     ctx.factored(weight, eqn)
-    total = PendingSum(base, contraction.shares(ctx, labelled, weight))
-    return gained(total, contraction.out, gains)
+    return PendingSum(base, contraction.shares(ctx, labelled, weight, gains))
 
 
 def _dot(
@@ -265,10 +240,11 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
     if (group_sizes.ndim > 1 and weight.gains) or not can_gain(x, x_labels, by_row, w_summed):
         return NotImplemented
     labelled, gains = apply_gains(Factor(x, x_labels), by_row)
-    base = consumed(eqn, [labelled.array, weight.base, group_sizes])
+    out = (*w_batch, *x_free, *w_free)
+    base = gained_product(eqn, [labelled.array, weight.base, group_sizes], 0, out, gains)
     contraction = Contraction(
         summed=frozenset(w_summed),
-        out=(*w_batch, *x_free, *w_free),
+        out=out,
         shape=base.shape,
         dtype=weight.dtype,
         dot=functools.partial(
@@ -282,8 +258,7 @@ def _ragged_dot_general(ctx: Context, eqn: Any, x: Any, weight: Any, group_sizes
         ),
     )
     ctx.factored(weight, eqn)
-    total = PendingSum(base, contraction.shares(ctx, labelled, weight))
-    return gained(total, contraction.out, gains)
+    return PendingSum(base, contraction.shares(ctx, labelled, weight, gains))
 
 
 def _by_row(

@@ -14,18 +14,12 @@ import jax.extend.core.primitives as primitives
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_fn.interpreter.contractions import (
-    apply_gains,
-    can_gain,
-    gained,
-    order_factors,
-    scale_smaller,
-)
+from lorax_fn.interpreter.contractions import order_factors, scale_smaller
 from lorax_fn.interpreter.dropout import drop
 from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
+from lorax_fn.interpreter.gains import apply_gains, can_gain, fold, gained_product, gained_share
 from lorax_fn.interpreter.observation import enter, observe
 from lorax_fn.interpreter.pending import PendingSum
-from lorax_fn.interpreter.quantized import consumed
 from lorax_fn.interpreter.rule import RULES, Context
 from lorax_fn.interpreter.weight import Term, Weight
 
@@ -38,16 +32,18 @@ def _conv(ctx: Context, eqn: Any, x: Any, weight: Any) -> Any:
         return NotImplemented
     labelled, gains = apply_gains(Factor(x, x_labels), weight.gains)
     x = labelled.array
+    terms, left = fold(weight.terms, gains)
     shares = []
-    for term in [term.folded() for term in weight.terms]:
+    for term in [term.folded() for term in terms]:
         pair = _first_and_second(term, eqn.params, weight.shape)
         if pair is None:
             return NotImplemented
         into = enter(drop(Factor(x, tuple(range(x.ndim))), term, next(ctx.uses)), term)
-        shares.append(_share(eqn.params, into.array, weight, term, *pair))
+        share = _share(eqn.params, into.array, weight, term, *pair)
+        shares.append(gained_share(share, out_labels, left))
     ctx.factored(weight, eqn)
-    total = PendingSum(consumed(eqn, [x, weight.base]), tuple(shares))
-    return gained(total, out_labels, gains)
+    base = gained_product(eqn, [x, weight.base], 0, out_labels, gains)
+    return PendingSum(base, tuple(shares))
 
 
 def _feature_labels(params: dict[str, Any], ndim: int) -> tuple[tuple[Label, ...], ...]:

@@ -123,18 +123,31 @@ def carried(eqn: Any, operands: Sequence[Any]) -> Any:
     return results if eqn.primitive.multiple_results else results[0]
 
 
-def consumed(eqn: Any, operands: Sequence[Any]) -> Any:
-    """Evaluates a contraction of its first array with other, frozen operands, lazy ones too."""
+def consumed(eqn: Any, operands: Sequence[Any], at: int) -> Any:
+    """Evaluates a contraction of operand `at` with other, frozen operands, lazy ones too."""
     if not any(isinstance(operand, Lazy) for operand in operands):
         return compat.bind(eqn, operands)
-    place = next(i for i, operand in enumerate(operands) if not isinstance(operand, Lazy))
-    constants, treedef = jax.tree.flatten([*operands[:place], *operands[place + 1 :]])
+    contract, constants = product_with(eqn, operands, at)
+    return frozen_dot(contract, operands[at], constants)
 
-    def contract(ready: Any, x: Any, *constants: Any) -> Any:
+
+def product_with(
+    eqn: Any, operands: Sequence[Any], at: int
+) -> tuple[Callable[..., Any], list[Any]]:
+    """A contraction as `frozen_dot` wants it: (contract(ready, x, *constants), the constants).
+
+    x is operand `at`, the constants are the arrays in the others. Of those the first is the weight:
+    `contract` takes a function `scale` to apply to it.
+    """
+    constants, treedef = jax.tree.flatten([*operands[:at], *operands[at + 1 :]])
+
+    def contract(ready: Any, x: Any, *constants: Any, scale: Any = None) -> Any:
         others = [computed(value, ready) for value in jax.tree.unflatten(treedef, constants)]
-        return compat.bind(eqn, [*others[:place], x, *others[place:]])
+        if scale is not None:
+            others[0] = scale(others[0])
+        return compat.bind(eqn, [*others[:at], x, *others[at:]])
 
-    return frozen_dot(contract, operands[place], constants)
+    return contract, constants
 
 
 def recomputed(eqn: Any, operands: Sequence[Any]) -> Any:
