@@ -111,8 +111,9 @@ class DoRA(LoRA):
 
     Takes what `LoRA` takes. Costs, beside LoRA, one product of A with W a step, one multiplication
     of the outputs and one of W or of their gradient, whichever is smaller, and the memory of every
-    product's output, which the gradient of its magnitudes needs (under remat it is computed again). Weight decay pulls the magnitudes towards zero, not
-    towards the pretrained lengths: `lora.param_labels` helps to leave them out of it.
+    product's output, which the gradient of its magnitudes needs (under remat it is computed
+    again). Weight decay pulls the magnitudes towards zero, not towards the pretrained lengths:
+    `lora.param_labels` helps to leave them out of it.
 
     >>> import jax, jax.numpy as jnp, lorax_fn as lora
     >>> rules = [lora.DoRA("w", rank=2, alpha=4)]
