@@ -228,10 +228,12 @@ class Reader:
                     f"{self.file.path} lacks {PREFIX}{slot.name}, of a module that the config "
                     "lists in modules_to_save."
                 )
-        biases = {name for name, slot in self.slots.items() if slot.own == "bias"}
-        if self.config.bias == "all" and biases and biases.isdisjoint(self._whole):
+        biases = [name for name, slot in self.slots.items() if slot.own == "bias"]
+        missing = [name for name in biases if name not in self._whole]
+        if self.config.bias == "all" and missing:
             raise AdapterFileError(
-                f"{self.file.path} holds no bias, and the config says that all were trained."
+                f"{self.file.path} lacks {len(missing)} of {len(biases)} biases, the first "
+                f"{missing[0]!r}, and the config says that all were trained."
             )
 
     def _delta(self, whole: list[tuple[Slot, str]]) -> Adapter | None:

@@ -316,7 +316,7 @@ WRONG = {
         lambda f: edit(f, target_parameters=["head.weight"]),
         r"'head\.weight' among its target_parameters.*the layout 'linear'",
     ),
-    "all biases, and none": (lambda f: edit(f, bias="all"), "holds no bias"),
+    "all biases, and none": (lambda f: edit(f, bias="all"), r"lacks \d of \d biases"),
     "a saved container without tensors": (
         lambda f: edit(f, modules_to_save=["layer.0"], target_modules=None),
         r"lacks base_model\.model\.layer\.0\.",
