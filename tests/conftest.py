@@ -22,6 +22,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+# Most programs here run once or twice. XLA optimises those of tests marked `optimized`: where bits
+# are compared, which a quick compilation may round otherwise, or where the program is measured.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # Folders whose models other people wrote: those may mix dtypes and ranks as they please.
 THIRD_PARTY = {"models", "examples", "benchmarks"}
 
@@ -44,6 +48,17 @@ def promotion(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def optimization(request):
+    """XLA's own settings for tests marked `optimized`."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -128,6 +128,7 @@ def test_a_model_of_many_parts(getkey):
     np.testing.assert_allclose(answer, wanted, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_the_base_is_multiplied_once_for_the_whole_batch(getkey, params):
     """FLOPs and arrays: the base's, and thin ones for each example, for any number of adapters."""
     n, length, rank = 6, 7, 2

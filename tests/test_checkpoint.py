@@ -74,6 +74,7 @@ def test_restored_onto_another_mesh_it_trains_on(saved, shape):
         np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_a_run_killed_at_any_moment_resumes_with_the_same_losses(tmp_path):
     """SIGKILL after some steps, at moments that drift through computing and writing."""
     steps = 18

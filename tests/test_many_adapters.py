@@ -153,6 +153,7 @@ def test_a_step_multiplies_with_the_base_once_on_the_joint_batch(getkey, params)
     assert not copies.intersection(shapes_of(many.jaxpr))
 
 
+@pytest.mark.optimized
 def test_a_step_costs_the_joint_batch_and_the_factors(getkey):
     """FLOPs of eight adapters: less than of eight runs' steps, and of one run on all the data."""
     n, width, rank = 8, 128, 4

@@ -20,7 +20,7 @@ from minilm.encoder import Classifier
 from minilm.linear_head import head_on_encoder
 from minilm.options import positive
 from minilm.scanned import ScannedClassifier
-from minilm.training import accuracy, batches, fit, nbytes, optimiser, predict
+from minilm.training import accuracy, batches, nbytes, optimiser, predict, train_step
 
 Pytree = Any
 Model = Classifier | ScannedClassifier
@@ -151,11 +151,13 @@ def report(
 
 def difference_from_one_device(job: Job, losses: list[float]) -> float:
     """The same steps with the whole batch on one device. Raises if the losses do not agree."""
-    operands = jax.device_put((job.variables, job.factors), jax.local_devices()[0])
-    options = job.options
-    alone = fit("one device", lora.wrap(job.alone.apply), *operands, job.tx, job.splits,
-                steps=options.steps, batch=options.batch, seed=options.seed)  # fmt: skip
-    same_steps = alone.losses[len(alone.losses) - len(losses) :]
+    variables, factors = jax.device_put((job.variables, job.factors), jax.local_devices()[0])
+    step = train_step(lora.wrap(job.alone.apply), job.tx, donate=False)
+    options, state, alone = job.options, job.tx.init(factors), []
+    for batch in batches(job.splits["train"], options.steps, options.batch, options.seed):
+        factors, state, loss = step(variables, factors, state, batch)
+        alone.append(float(loss))
+    same_steps = alone[len(alone) - len(losses) :]
     difference = float(np.abs(np.subtract(losses, same_steps)).max(initial=0.0))
     if not difference <= TOLERANCE:
         raise RuntimeError(f"a loss differs by {difference}, over {TOLERANCE}")

@@ -77,6 +77,7 @@ def test_inspect_lists_the_leaf(case):
     assert lora.inspect(case.fn, drawn.params, drawn.factors[0], drawn.xs[0]).dense == ["w"]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", ADDED_UP, ids=repr)
 def test_equals_the_base_bit_for_bit_at_init(case):
     drawn = materials(case)

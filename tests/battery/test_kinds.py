@@ -87,6 +87,7 @@ def test_agrees_with_the_formula(case, transform):
         assert_close(value, wanted, case.tolerance, f"{quantity} with factors {f}, inputs {j}")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", CASES, ids=identify)
 def test_starts_at_the_base(case):
     drawn = materials(case)

@@ -41,6 +41,7 @@ def test_shapes_and_dtypes_are_those_of_the_base(case):
     assert jax.eval_shape(wrapped, drawn.params, drawn.factors[0], drawn.xs[0]) == base
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("mode", ["eager", "jit"])
 @pytest.mark.parametrize("case", FACTORED, ids=repr)
 def test_equals_the_base_bit_for_bit_at_init(case, mode):

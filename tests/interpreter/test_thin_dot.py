@@ -278,6 +278,7 @@ def compiled_shapes_moved(text):
     return [np.prod([int(n) for n in dims.split(",")]) for dims in moved if dims]
 
 
+@pytest.mark.optimized
 @each_low_rank_product
 def test_no_fat_array_is_transposed_in_the_compiled_gradient(shapes):
     gradient, operands = low_rank_gradient(*shapes)
@@ -287,6 +288,7 @@ def test_no_fat_array_is_transposed_in_the_compiled_gradient(shapes):
     assert max(moved, default=0) <= max(rows * rank, a.size, b.size)
 
 
+@pytest.mark.optimized
 def test_the_same_check_fails_for_jax_own_transpose_rule():
     x, t = jnp.ones((8, 12, 48)), jnp.ones((8, 12, 2))
     gradient = jax.grad(lambda b: (jnp.sin(lax.dot_general(t, b, PRODUCTS["dense"][2])) * x).sum())

@@ -12,6 +12,8 @@ import lorax_fn as lora
 from benchmarks.model import Config, Transformer
 from lorax_fn.flops import count_flops
 
+pytestmark = pytest.mark.optimized
+
 WIDTH, LAYERS = 256, 3
 MATRICES = r".*/(query|key|value|out|up|down|head)/kernel|.*/embedding"
 KERNELS = r".*/(query|key|value|out|up|down)/kernel"
