@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from minilm.processes import RunFailedError, run_together
 
+import lorax_fn as lora
+
 EXAMPLES = Path(multi_process.__file__).parent
 QUICK = ["--limit=400", "--batch=16", "--length=8", "--steps=3", "--lr=0.01", "--timeout=500"]
 
@@ -25,12 +27,13 @@ def test_two_processes_learn_as_one_device_does(tmp_path, monkeypatch, capfd):
     assert results["difference"] < 1e-4
     assert "8 devices; 90,301,544 bytes are frozen" in capfd.readouterr().out
 
-    import fsdp_mesh
-
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
-    more = ["--steps=4", f"--checkpoints={tmp_path}"]
-    resumed = fsdp_mesh.main([*QUICK[:-3], *QUICK[-2:-1], *more])
-    assert len(resumed["losses"]) == 1
+    job = multi_process.prepare(multi_process.parse(QUICK))
+    state = job.tx.init(job.factors)
+    factors, _, done = lora.restore_checkpoint(tmp_path, job.factors, state)
+    resumed = multi_process.report(job, factors, [])
+    assert done == 3
+    assert resumed["test"] == results["test"]
 
 
 def script(text):
