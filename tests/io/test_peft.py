@@ -406,7 +406,9 @@ def test_load_refuses_by_name(folder, params, case):
 def test_of_all_biases_none_may_be_missing(tmp_path, params, getkey):
     lora.save_peft(tmp_path, params, made(getkey, params, "Full"))
     edit(tmp_path, bias="all")
-    with pytest.raises(lora.AdapterFileError, match=r"lacks 1 of 6 biases, the first 'patch\.bias'"):
+    with pytest.raises(
+        lora.AdapterFileError, match=r"lacks 1 of 6 biases, the first 'patch\.bias'"
+    ):
         lora.load_peft(tmp_path, params)
 
 

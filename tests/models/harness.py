@@ -37,7 +37,7 @@ class Model:
 class ModelCase:
     """A model by name: how to build it, the leaves to adapt (a regex) and how many those are.
 
-    `op_by_op` says whether its operations can be run one by one in a reasonable time. `spread` scales the random factors: models without normalisation need small ones. `tolerance`
+    `spread` scales the random factors: models without normalisation need small ones. `tolerance`
     is relative to the largest entry of what is compared.
     """
 
@@ -49,7 +49,6 @@ class ModelCase:
     rank: int = RANK
     spread: float = 0.3
     tolerance: float = 1e-4
-    op_by_op: bool = True
 
     @property
     def rules(self) -> list[lora.LoRA]:

@@ -101,20 +101,10 @@ def keras_model():
 # Biases and layer scales have other names than `weight`; norms and position tables do not.
 WEIGHT = dict(targets=".*/weight", exclude=".*(norm|pos_embed).*")
 CASES = [
-    ModelCase(
-        "diffusers unet",
-        diffusion_unet,
-        r".*/kernel",
-        82,
-        spread=0.1,
-        tolerance=1e-3,
-        op_by_op=False,
-    ),
+    ModelCase("diffusers unet", diffusion_unet, r".*/kernel", 82, spread=0.1, tolerance=1e-3),
     ModelCase("diffusers vae", diffusion_vae, r".*/kernel", 36),
     ModelCase("equimo vit", lambda: equimo("VisionTransformer", **VIT), adapted=6, **WEIGHT),
     ModelCase("equimo convnext", lambda: equimo("ConvNeXt", **CONVNEXT), adapted=9, **WEIGHT),
-    ModelCase(
-        "equimo mamba", lambda: equimo("Vssd", **MAMBA), adapted=29, op_by_op=False, **WEIGHT
-    ),
-    ModelCase("keras layers", keras_model, ".*kernel", 16, op_by_op=False),
+    ModelCase("equimo mamba", lambda: equimo("Vssd", **MAMBA), adapted=29, **WEIGHT),
+    ModelCase("keras layers", keras_model, ".*kernel", 16),
 ]

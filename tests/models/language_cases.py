@@ -173,7 +173,7 @@ CASES = [
         "penzai llama, stacked, tied", lambda: penzai_llama(True), PENZAI, 9, exclude=PENZAI_NORMS
     ),
     ModelCase("penzai gpt-neox", penzai_neox, PENZAI, 8, exclude=PENZAI_NORMS),
-    ModelCase("rwkv6, scan", lambda: rwkv("rwkv6", "ScanRWKV"), adapted=14, op_by_op=False, **RWKV),
+    ModelCase("rwkv6, scan", lambda: rwkv("rwkv6", "ScanRWKV"), adapted=14, **RWKV),
     ModelCase(
         "rwkv7, associative scan",
         lambda: rwkv("rwkv7", "AssociativeScanRWKV"),

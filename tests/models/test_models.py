@@ -31,6 +31,7 @@ MODULES = [
     image_cases,
 ]
 CASES = [case for module in MODULES for case in module.CASES]
+OURS = (linen_cases, nnx_cases, plain_cases, equinox_cases, haiku_cases)
 
 # Third-party packages may warn about JAX or Flax as they please; a weight added up is an error.
 pytestmark = [
@@ -57,11 +58,15 @@ def test_every_target_is_adapted_and_no_weight_is_added_up(model):
 def test_at_init_the_adapted_model_is_the_base_model(model):
     outputs, _, _ = model.wrapped_step(model.at_init)
     want_outputs, _, _ = model.merged_step(model.at_init)  # merged with nothing: the base itself
-    assert_close(outputs, want_outputs, 1e-5)  # XLA fuses, and so rounds, two programs differently
+    # XLA fuses, and so rounds, two programs differently.
+    assert_close(outputs, want_outputs, model.case.tolerance / 10)
 
 
-@pytest.mark.parametrize("model", [c for c in CASES if c.op_by_op], indirect=True, ids=name_of)
+@pytest.mark.parametrize(
+    "model", [case for module in OURS for case in module.CASES], indirect=True, ids=name_of
+)
 def test_at_init_every_operation_gives_the_same_bits(model):
+    """Of the models written here: one operation after another takes long in a large one."""
     with jax.disable_jit():
         base = model.base(model.floats)
         wrapped = model.wrapped(model.floats, model.at_init)

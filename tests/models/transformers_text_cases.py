@@ -152,7 +152,7 @@ CASES = [
         9,
     ),
     ModelCase("hf gpt2", text("FlaxGPT2LMHeadModel", "GPT2Config", GPT), MATRIX, 10),
-    ModelCase("hf gpt2, cached decoding", gpt2_with_cache, MATRIX, 10, op_by_op=False),
+    ModelCase("hf gpt2, cached decoding", gpt2_with_cache, MATRIX, 10),
     ModelCase(
         "hf gpt-j", text("FlaxGPTJForCausalLM", "GPTJConfig", dict(GPT, rotary_dim=4)), MATRIX, 14
     ),
