@@ -18,13 +18,14 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
+# Most programs here run once or twice, those of child processes too. XLA optimises those of tests
+# marked `optimized`: where bits are compared, which a quick compilation may round otherwise, or where
+# the program is measured.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
 import jax
 import jax.numpy as jnp
 import pytest
-
-# Most programs here run once or twice. XLA optimises those of tests marked `optimized`: where bits
-# are compared, which a quick compilation may round otherwise, or where the program is measured.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # Folders whose models other people wrote: those may mix dtypes and ranks as they please.
 THIRD_PARTY = {"models", "examples", "benchmarks"}

@@ -80,7 +80,6 @@ def test_a_run_killed_at_any_moment_resumes_with_the_same_losses(tmp_path):
     wanted = dict(run.losses(tmp_path / "whole", steps, run.make_mesh(4, 2)))
     command = [sys.executable, "-m", "tests.checkpointed_run", str(tmp_path / "killed"), str(steps)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as here: to the same bits
     got, kills = {}, 0
     for lines in (9, 5, None):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
