@@ -10,12 +10,11 @@ travel. The task and the model are those of `finetune_minilm.py`, its layers sta
 from collections.abc import Callable, Sequence
 
 import jax
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from minilm.data import PACKAGES, Split
+from minilm.data import PACKAGES
 from minilm.parallel import Job, Pytree, parse_options, prepare, report
 from minilm.scanned import ScannedClassifier, stack_layers
-from minilm.training import cross_entropy
+from minilm.training import train_step
 
 import lorax_fn as lora
 
@@ -51,18 +50,9 @@ def cut(leaf: jax.Array, mesh: Mesh) -> NamedSharding:
 
 def make_step(job: Job) -> Callable[..., tuple]:
     """A compiled step: (variables, factors, state, batch) -> (factors, state, loss)."""
-    apply, tx = job.apply, job.tx
     placed = lora.shardings(job.variables, job.factors)
-
-    def step(variables: Pytree, factors: Pytree, state: Pytree, batch: Split) -> tuple:
-        def loss_of(factors: Pytree) -> jax.Array:
-            return cross_entropy(apply(variables, factors, batch.ids, batch.mask), batch.labels)
-
-        loss, grads = jax.value_and_grad(loss_of)(factors)
-        updates, state = tx.update(grads, state, factors)
-        return optax.apply_updates(factors, updates), state, loss
-
-    return jax.jit(step, out_shardings=(placed, None, None))
+    step = train_step(job.apply, job.tx, donate=False)
+    return jax.jit(step, out_shardings=(placed, None, None))  # factors stay cut as they are
 
 
 def train(job: Job, mesh: Mesh) -> tuple[Pytree, list[float]]:
