@@ -18,6 +18,7 @@ from lorax_fn.cli.combine import combine_files
 from lorax_fn.cli.convert import convert as convert_adapter
 from lorax_fn.cli.merge import merge_files
 from lorax_fn.errors import LoraError
+from lorax_fn.io.ready_names import READY
 from lorax_fn.report import aligned
 
 app = typer.Typer(
@@ -97,7 +98,7 @@ def convert(
     base: BasePath = None,
     names: Annotated[
         str | None,
-        typer.Option(help="How params are called: flax, gpt2, tunix, maxtext or torch."),
+        typer.Option(help=f"How params are called: {', '.join(READY)}."),
     ] = None,
     force: Force = False,
     as_json: AsJson = False,

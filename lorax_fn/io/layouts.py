@@ -8,7 +8,8 @@ PEFT has
     conv        lora_A.weight (r, in, *kernel)    lora_B.weight (out, r, 1…)
     experts     lora_A.weight (E·r, in)           lora_B.weight (out, r·E)
 
-where row e·r + k of the last A, and column k·E + e of its B, are of expert e and rank k.
+where row e·r + k of the last A, and column k·E + e of its B, are of expert e and rank k. Where the
+parameter is a scaled or reordered leaf, B is scaled and reordered.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def tensor_names(layout: str) -> tuple[str, str]:
 
 def to_peft(slot: Slot, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """PEFT's A and B of one product, given ours: (in…, r) and (r, out…), experts in front."""
-    rank = a.shape[-1]
+    rank, b = a.shape[-1], _values_to_torch(slot, b)
     if slot.place.layout == "experts":
         experts = a.shape[0] if _stacks_experts(slot) else 1
         inner = a.reshape(experts, -1, rank)  # (E, in, r)
@@ -71,7 +72,7 @@ def from_peft(
         wanted = (rank, *lengths), (n_out, rank, *(1,) * (len(kernel) - 1))
     if rank < 1 or (first.shape, second.shape) != wanted:
         return None
-    b = second.reshape(n_out, rank).T.reshape(rank, *out)
+    b = _values_from_torch(slot, second.reshape(n_out, rank).T.reshape(rank, *out))
     if slot.place.layout == "conv":
         first = np.moveaxis(first, 0, -1)  # (in, *kernel, r)
         return first.transpose(*(kernel.index(d) for d in _contract(slot)), first.ndim - 1), b
@@ -96,11 +97,28 @@ def _experts_from_peft(
     far = second.reshape(-1, rank, experts).transpose(2, 1, 0)  # (E, r, out)
     inner, outer = (far, near) if slot.place.swapped else (near, far)
     a = inner.transpose(0, 2, 1).reshape(*lead, *contract, rank)
-    return a, outer.reshape(*lead, rank, *out)
+    return a, _values_from_torch(slot, outer.reshape(*lead, rank, *out))
+
+
+def magnitude_to_torch(slot: Slot, magnitude: np.ndarray) -> np.ndarray:
+    """DoRA's lengths of the outputs (out…) as PEFT has them."""
+    magnitude = _values_to_torch(slot, magnitude).reshape(-1)
+    if slot.place.layout == "conv":
+        return magnitude.reshape(1, -1, *(1,) * (len(_contract(slot)) - 1))
+    return magnitude
+
+
+def magnitude_from_torch(slot: Slot, magnitude: np.ndarray) -> np.ndarray | None:
+    """The lengths of the outputs (out…), given PEFT's; None where they are too few or too many."""
+    out = tuple(slot.leaf.shape[d] for d in _in_and_out(slot)[1])
+    if magnitude.size != math.prod(out):
+        return None
+    return _values_from_torch(slot, magnitude.reshape(out))
 
 
 def weight_to_torch(slot: Slot, part: np.ndarray) -> np.ndarray:
     """A parameter as PyTorch has it, given the part of the leaf that it is."""
+    part = _values_to_torch(slot, part, _last_out(slot), shift=slot.place.shift)
     if slot.place.layout == "vector":
         return part.reshape(-1)
     return part.transpose(_torch_order(slot)).reshape(torch_shape(slot))
@@ -113,9 +131,11 @@ def weight_from_torch(slot: Slot, parameter: np.ndarray) -> np.ndarray | None:
     if parameter.shape != torch_shape(slot):
         return None
     if slot.place.layout == "vector":
-        return parameter.reshape(lengths)
-    order = _torch_order(slot)
-    return parameter.reshape([lengths[i] for i in order]).transpose(np.argsort(order))
+        part = parameter.reshape(lengths)
+    else:
+        order = _torch_order(slot)
+        part = parameter.reshape([lengths[i] for i in order]).transpose(np.argsort(order))
+    return _values_from_torch(slot, part, _last_out(slot), shift=slot.place.shift)
 
 
 def torch_shape(slot: Slot) -> tuple[int, ...]:
@@ -127,6 +147,43 @@ def torch_shape(slot: Slot) -> tuple[int, ...]:
         return tuple(lengths[i] for i in _torch_order(slot))
     contract, out = (math.prod(slot.leaf.shape[d] for d in dims) for dims in _in_and_out(slot))
     return (out, contract) if slot.place.layout == "linear" else (contract, out)
+
+
+def _values_to_torch(
+    slot: Slot, array: np.ndarray, axis: int = -1, *, shift: float = 0.0
+) -> np.ndarray:
+    """Values of the leaf as the parameter has them; `axis` is the last output dim."""
+    if slot.place.interleaved:
+        array = np.take(array, _halves(array.shape[axis]), axis)
+    return _affine(array, slot.place.scale, shift)
+
+
+def _values_from_torch(
+    slot: Slot, array: np.ndarray, axis: int = -1, *, shift: float = 0.0
+) -> np.ndarray:
+    """Undoes `_values_to_torch`."""
+    if slot.place.interleaved:
+        array = np.take(array, np.argsort(_halves(array.shape[axis])), axis)
+    return _affine(array, 1 / slot.place.scale, -shift / slot.place.scale)
+
+
+def _affine(array: np.ndarray, scale: float, shift: float) -> np.ndarray:
+    """scale · array + shift, formed in float32 or wider."""
+    if scale == 1.0 and shift == 0.0:
+        return array
+    wide = np.promote_types(array.dtype, np.float32)
+    return (scale * array.astype(wide) + shift).astype(array.dtype)
+
+
+def _halves(length: int) -> np.ndarray:
+    """Where 0, 2, 4, …, 1, 3, 5, … are."""
+    return np.arange(length).reshape(-1, 2).T.reshape(-1)
+
+
+def _last_out(slot: Slot) -> int:
+    """The axis of the part of the leaf that is its last output dim."""
+    out = _in_and_out(slot)[1]
+    return _kept(slot).index(out[-1]) if out else -1
 
 
 def _torch_order(slot: Slot) -> tuple[int, ...]:

@@ -15,7 +15,14 @@ from lorax_fn.adapters import Adapter, DoRAFactors, FullDelta, LoRAFactors
 from lorax_fn.adapters.low_rank import split_shape, sum_over_contract
 from lorax_fn.errors import AdapterFileError, AxesError, LoraError, StructureError
 from lorax_fn.interpreter import wide_dtype
-from lorax_fn.io.layouts import MAGNITUDE, from_peft, tensor_names, torch_shape, weight_from_torch
+from lorax_fn.io.layouts import (
+    MAGNITUDE,
+    from_peft,
+    magnitude_from_torch,
+    tensor_names,
+    torch_shape,
+    weight_from_torch,
+)
 from lorax_fn.io.names import Slot, check_positions
 from lorax_fn.io.peft_config import PREFIX, PeftConfig
 from lorax_fn.io.tensors import TensorFile, device_array, floating
@@ -192,12 +199,13 @@ class Reader:
         magnitude = np.array(jnp.sqrt(squared))
         _, _, out = split_shape(leaf.shape, axes)  # type: ignore[arg-type]
         for index, piece in pieces.items():
-            if piece[3].size != math.prod(out):
+            one = magnitude_from_torch(slot, piece[3])
+            if one is None:
                 raise AdapterFileError(
                     f"{self.file.path}: the magnitude of {slot.name!r} has shape "
                     f"{list(piece[3].shape)}; wanted {math.prod(out)} numbers."
                 )
-            magnitude[index] = piece[3].reshape(out)
+            magnitude[index] = one
         return {"magnitude": device_array(magnitude), "squared_norm": squared}
 
     def _check_complete(self) -> None:
@@ -264,7 +272,13 @@ class Reader:
         return _part(slot, np.asarray(self._values(slot)))
 
     def _is_base(self, slot: Slot, value: np.ndarray) -> bool:
-        return np.array_equal(value.astype(slot.leaf.dtype), self._base(slot))
+        """Whether a parameter is the base's own, but for the rounding of a scaled leaf."""
+        value, base = value.astype(slot.leaf.dtype), self._base(slot)
+        if slot.place.scale == 1.0 and slot.place.shift == 0.0:
+            return np.array_equal(value, base)
+        value, base = (array.astype(wide_dtype(array.dtype)) for array in (value, base))
+        rounding = 4 * float(jnp.finfo(slot.leaf.dtype).eps)
+        return np.allclose(value, base, rtol=rounding, atol=rounding * np.abs(base).max())
 
     def _values(self, slot: Slot) -> Any:
         if isinstance(as_array(slot.leaf), jax.ShapeDtypeStruct):

@@ -13,7 +13,13 @@ import numpy as np
 from lorax_fn.adapters import Adapter, DoRAFactors, FullDelta, LoRAFactors
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
-from lorax_fn.io.layouts import MAGNITUDE, tensor_names, to_peft, weight_to_torch
+from lorax_fn.io.layouts import (
+    MAGNITUDE,
+    magnitude_to_torch,
+    tensor_names,
+    to_peft,
+    weight_to_torch,
+)
 from lorax_fn.io.names import Names, Slot, check_positions, slots_of
 from lorax_fn.io.peft_config import (
     CONFIG,
@@ -56,7 +62,8 @@ def save_peft(
         params: the base. Its values are read only where a module is saved whole.
         factors: what `init` made for params, trained or not.
         names: how leaves are called in the PyTorch model: "flax" (the default), "gpt2", "tunix",
-            "maxtext" or "torch" (see `lorax_fn.io.ready_names`); a table from regexes of paths to
+            "torch", "maxtext" (Qwen), "maxtext_llama", "maxtext_mixtral", "maxtext_gemma2" or
+            "maxtext_gemma3" (see `lorax_fn.io.ready_names`); a table from regexes of paths to
             names, {r"blocks/(\d+)/up/w": r"model.layers.\1.mlp.up_proj.weight"}; or a function
             (path, leaf) -> name. In place of a name stands a `lorax_fn.io.Place` where the layout
             is no Linear's.
@@ -139,10 +146,8 @@ class _Writer:
             zip((f"{module}.{first}", f"{module}.{second}"), to_peft(slot, a, b), strict=True)
         )
         if isinstance(node, DoRAFactors):
-            magnitude = host_array(f"{slot.path}:magnitude", node.magnitude)[slot.index].reshape(-1)
-            if slot.place.layout == "conv":
-                magnitude = magnitude.reshape(1, -1, *(1,) * (len(node.axes.contract) - 1))
-            tensors[f"{module}.{MAGNITUDE}"] = magnitude
+            magnitude = host_array(f"{slot.path}:magnitude", node.magnitude)[slot.index]
+            tensors[f"{module}.{MAGNITUDE}"] = magnitude_to_torch(slot, magnitude)
         return tensors
 
     def _wrapped_by(self, slot: Slot) -> int:

@@ -31,6 +31,9 @@ class Place:
             dim, or the middle one if the module has `is_transposed`.
         position: of "experts": 0 for the first parameter of its module that is adapted, and so on,
             in the order in which the module defines them.
+        scale, shift: the parameter is scale · leaf + shift.
+        interleaved: whether the last output dim of the leaf has the two halves of the parameter's
+            in turn, first, second, first, …, as some rotary embeddings want them.
 
     >>> Place("model.layers.{}.mlp.up_proj.weight").slots((2,))[(1,)]
     'model.layers.1.mlp.up_proj.weight'
@@ -41,6 +44,9 @@ class Place:
     axes: Axes | None = None
     swapped: bool = False
     position: int = 0
+    scale: float = 1.0
+    shift: float = 0.0
+    interleaved: bool = False
 
     def slots(self, lengths: tuple[int, ...]) -> dict[tuple[int, ...], str]:
         """The parameter's name for every index of the dims that are numbered in it."""

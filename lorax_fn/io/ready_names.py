@@ -5,9 +5,9 @@
            weight. The first component "params" is not part of the name.
 "gpt2"     The same for GPT-2, whose Flax kernels are (out, in) and whose PyTorch ones are not.
 "tunix"    The Llama, Qwen and Gemma of tunix, where q, k and v are three-dimensional.
-"maxtext"  MaxText's decoders as it lays out Qwen, their layers unrolled or scanned. (Its Llama has
-           the rows of q and k in another order, and its Gemma a scaled embedding.)
 "torch"    A flat dict of a PyTorch model's own parameters, such as its safetensors file.
+"maxtext", "maxtext_llama", "maxtext_mixtral", "maxtext_gemma2", "maxtext_gemma3"
+           MaxText's decoders, their layers unrolled or scanned: see `maxtext_names.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from lorax_fn.axes import Axes
+from lorax_fn.io.maxtext_names import FAMILIES
 from lorax_fn.io.places import Layout, Naming, Place
 
 _EMBEDDING = re.compile(r".*(embed(ding)?s?|embed_tokens|wte|wpe)")
@@ -65,29 +66,12 @@ def tunix(path: str, _: Any) -> Place | None:
     return None
 
 
-def maxtext(path: str, _: Any) -> Place | None:
-    """MaxText's decoders: "layers" is a scanned stack along dim 1, "layers_3" is one of them."""
-    path = path.removeprefix("params/")
-    for pattern, name, layout, axes in _MAXTEXT:
-        found = re.fullmatch(pattern, path)
-        if found:
-            return Place(name, layout, axes)
-    layer = re.fullmatch(r"decoder/layers(?:_(\d+))?/(.*)", path)
-    entry = _MAXTEXT_LAYER.get(layer[2]) if layer else None
-    if layer is None or entry is None:
-        return None
-    name, layout, contract, out = entry
-    if layer[1] is not None:
-        return Place(f"model.layers.{layer[1]}.{name}", layout, _axes(contract, out))
-    return Place(f"model.layers.{{}}.{name}", layout, _axes(contract, out, stacked=1))
-
-
 READY: dict[str, Naming] = {
     "flax": flax,
     "gpt2": gpt2,
-    "maxtext": maxtext,
     "torch": torch,
     "tunix": tunix,
+    **FAMILIES,
 }
 
 _ATTENTION = r"layers/(\d+)/attn/"
@@ -143,25 +127,6 @@ _TUNIX: list[tuple[str, str, Layout, Axes | None]] = [
     (_LAYER + r"post_ffw_norm/scale", _ONE + "post_feedforward_layernorm.weight", "vector", None),
 ]
 
-_MAXTEXT: list[tuple[str, str, Layout, Axes | None]] = [
-    (r"token_embedder/embedding", "model.embed_tokens.weight", "embedding", _IN),
-    (r"decoder/logits_dense/kernel", "lm_head.weight", "linear", _IN),
-    (r"decoder/decoder_norm/scale", "model.norm.weight", "vector", None),
-]
-
-# Within one layer: the name, the layout, how many dims of the kernel are contracted, and put out.
-_MAXTEXT_LAYER: dict[str, tuple[str, Layout, int, int]] = {
-    "self_attention/query/kernel": ("self_attn.q_proj.weight", "linear", 1, 2),
-    "self_attention/key/kernel": ("self_attn.k_proj.weight", "linear", 1, 2),
-    "self_attention/value/kernel": ("self_attn.v_proj.weight", "linear", 1, 2),
-    "self_attention/out/kernel": ("self_attn.o_proj.weight", "linear", 2, 1),
-    "mlp/wi_0/kernel": ("mlp.gate_proj.weight", "linear", 1, 1),
-    "mlp/wi_1/kernel": ("mlp.up_proj.weight", "linear", 1, 1),
-    "mlp/wo/kernel": ("mlp.down_proj.weight", "linear", 1, 1),
-    "pre_self_attention_layer_norm/scale": ("input_layernorm.weight", "vector", 0, 1),
-    "post_self_attention_layer_norm/scale": ("post_attention_layernorm.weight", "vector", 0, 1),
-}
-
 
 def _numbered(found: re.Match[str], name: str) -> Any:
     """A name with the groups of the match; "{kv}" picks a letter by the index of the batch dim."""
@@ -170,10 +135,3 @@ def _numbered(found: re.Match[str], name: str) -> Any:
     if letters is None:
         return name
     return lambda i: name.replace(letters[0], letters[1][i])
-
-
-def _axes(contract: int, out: int, stacked: int | None = None) -> Axes:
-    """Of a kernel with these numbers of dims, and a dim of layers at `stacked`."""
-    dims = [d for d in range(contract + out + (stacked is not None)) if d != stacked]
-    batch = () if stacked is None else (stacked,)
-    return Axes(batch=batch, contract=tuple(dims[:contract]), out=tuple(dims[contract:]))
