@@ -1,7 +1,7 @@
 """What rank, alpha and targets are worth on a real task, against full fine-tuning: three seeds.
 
     python -m benchmarks.quality                                   # digits: a few minutes of a core
-    python -m benchmarks.quality --task minilm --layers 6 --steps 220    # hours of two cores
+    python -m benchmarks.quality --task minilm --layers 6 --steps 220    # an hour of two cores
 
 Adapters of like settings are trained in one step: `lorax_fn.stack`, and `jax.vmap` over factors,
 scales and batches. Those of convolutions one by one: many kernels at once are slow on a CPU.
@@ -15,7 +15,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,20 +39,22 @@ class Setting:
 
     rank: int | None
     alpha: float = 0.0
-    few: bool = False  # some of the weights instead of all
+    on: Literal["all", "few", "small"] = "all"  # every kernel, some, or what `Task.small` says
 
     @property
     def group(self) -> tuple:
         """Settings that are trained in one step: of one shape, or padded to it at little cost."""
-        return self.rank is None, self.few, (self.rank or 0) > RANK
+        return self.rank is None, self.on, (self.rank or 0) > RANK
 
     @property
     def scale(self) -> float:
+        """What B is multiplied by; the rules of `Task.small` have scales of their own."""
         return self.alpha / self.rank if self.rank else 1.0
 
 
 FULL = Setting(None)
-FEW = Setting(RANK, 2.0 * RANK, few=True)
+FEW = Setting(RANK, 2.0 * RANK, "few")
+SMALL = Setting(None, on="small")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -88,22 +90,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def settings_of(task: Task) -> tuple[Setting, ...]:
     """Ranks at alpha = 2 · rank, alphas at one rank, some of the weights, and full fine-tuning."""
     ranks = (Setting(rank, 2.0 * rank) for rank in task.ranks)
-    return (*ranks, *(Setting(RANK, alpha) for alpha in ALPHAS), FEW, FULL)
+    small = () if task.small is None else (SMALL,)
+    return (*ranks, *(Setting(RANK, alpha) for alpha in ALPHAS), FEW, *small, FULL)
 
 
 def name_of(task: Task, setting: Setting) -> str:
+    if setting == SMALL and task.small is not None:
+        return task.small.name
     if setting.rank is None:
         return "full fine-tuning"
-    where = task.few[1] if setting.few else "every kernel"
+    where = task.few[1] if setting == FEW else "every kernel"
     return f"rank {setting.rank}, alpha {setting.alpha:g}, {where}"
 
 
 def factors_of(task: Task, setting: Setting, seed: int) -> Pytree:
     """The scale is left out of them: it is an operand of the step."""
-    if setting.rank is None:
-        rules: list[Any] = [lora.Full(r".*", exclude=task.frozen)]
+    if setting == SMALL and task.small is not None:
+        rules: list[Any] = [*task.small.rules, task.head]
+    elif setting.rank is None:
+        rules = [lora.Full(r".*", exclude=task.frozen)]
     else:
-        targets = task.few[0] if setting.few else task.kernels
+        targets = task.few[0] if setting == FEW else task.kernels
         rules = [lora.LoRA(targets, rank=setting.rank), task.head]
     return lora.init(jax.random.key(seed), task.params, rules, axes=task.axes)
 
@@ -113,9 +120,7 @@ def train(
 ) -> dict[Setting, Row]:
     """All seeds of the settings of one group, as many in one step as the task says."""
     each = [(setting, seed) for setting in settings for seed in range(options.seeds)]
-    peak, warmup = task.full_lr if settings[0] == FULL else task.lr, max(1, options.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, options.steps)
-    tx = lora.freeze(optax.adam(schedule))
+    tx = optimiser(task, settings[0], options.steps)
     step = train_step(task, tx)
     rows: dict[Setting, Row] = {}
     with tqdm(total=len(each) * options.steps, unit="step of an adapter") as bar:
@@ -132,6 +137,15 @@ def train(
                 row = rows.setdefault(setting, new_row(task, setting))
                 judge(task, row, scaled(lora.take(factors, i), scales[i]))
     return rows
+
+
+def optimiser(task: Task, setting: Setting, steps: int) -> optax.GradientTransformation:
+    """Adam, warmed up over a tenth of the steps, then down to zero along a cosine."""
+    ratio, peak = 1.0, task.full_lr if setting == FULL else task.lr
+    if setting == SMALL and task.small is not None:
+        ratio, peak = task.small.b_ratio, task.small.lr
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
+    return lora.freeze(lora.lora_plus(optax.adam(schedule), ratio))
 
 
 def train_step(task: Task, tx: optax.GradientTransformation) -> Any:
@@ -214,7 +228,7 @@ def draw(file: Path, task: Task, rows: dict[Setting, Row]) -> None:
     figure, grid = plt.subplots(
         len(shown), 2, figsize=size, layout="constrained", sharey="row", squeeze=False
     )
-    plain = [setting for setting in rows if setting.rank and not setting.few]
+    plain = [setting for setting in rows if setting.rank and setting.on == "all"]
     sweeps = {
         "rank": [setting for setting in plain if setting.alpha == 2 * setting.rank],
         "alpha": sorted((s for s in plain if s.rank == RANK), key=lambda setting: setting.alpha),

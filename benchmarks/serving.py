@@ -5,10 +5,11 @@
     python -m benchmarks.serving --smoke             # seconds, for CI
 
 `merged` is one adapter for the whole batch, the floor. `batched` answers each example with its own
-adapter, of those that are loaded. `a pass each` runs the adapted model once for every adapter that
-the batch asks for, on its examples alone. All are timed side by side, by the clock and by the
-processor time of all threads, which other work on the machine disturbs less. Memory is what XLA
-plans: temporaries of a call, and the stacked factors.
+adapter, of those that are loaded; `by hand` does the same with LoRA written into the layers.
+`a pass each` runs the adapted model once for every adapter that the batch asks for, on its examples
+alone. All are timed side by side, by the clock and by the processor time of all threads, which
+other work on the machine disturbs less. Memory is what XLA plans: temporaries of a call, and the
+stacked factors.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import numpy as np
 
 import lorax_fn as lora
 from benchmarks.cost import align, machine
+from benchmarks.handwritten import LoRALayers
 from benchmarks.model import Config, Transformer
-from benchmarks.variants import TARGETS
+from benchmarks.variants import ALPHA_PER_RANK, TARGETS
 
 Pytree = Any
 REFERENCE = "merged"
@@ -100,7 +102,8 @@ def build(
     tokens = jax.random.randint(jax.random.key(0), shape, 0, model.config.vocabulary)
     params = jax.jit(model.init)(jax.random.key(1), tokens)
     axes = lora.infer_axes(model.apply, params, tokens)
-    rules = [lora.LoRA(TARGETS[options.targets], rank=options.rank, alpha=2.0 * options.rank)]
+    alpha = ALPHA_PER_RANK * options.rank
+    rules = [lora.LoRA(TARGETS[options.targets], rank=options.rank, alpha=alpha)]
     factors = lora.init(jax.random.key(2), params, rules, axes=axes)
     merged = lora.merge(params, factors)
 
@@ -118,16 +121,22 @@ def build(
         stacked = many(factors, n)
         ids = np.arange(options.batch, dtype=np.int32) * n // max(n, options.batch)
         operands = (params, stacked, jnp.asarray(ids), tokens)
-        name, passes = f"batched, {n}", f"a pass each, {n}"
+        name, by_hand, passes = f"batched, {n}", f"by hand, {n}", f"a pass each, {n}"
         calls[name] = functools.partial(
             compiled(name, lora.wrap_batched(model.apply), *operands), *operands
+        )
+        written = params, collection(stacked["params"]), *operands[2:]
+        calls[by_hand] = functools.partial(
+            compiled(by_hand, written_by_hand(model.config, options), *written), *written
         )
         groups = [(jnp.int32(i), tokens[ids == i]) for i in np.unique(ids)]
         one = compiled(passes, one_adapter(model), params, stacked, *groups[0])
         calls[passes] = functools.partial(each_group, one, params, stacked, groups)
         check(calls[name](), calls[passes]())
+        check(calls[by_hand](), calls[passes]())
         size = sum(array.nbytes for array in jax.tree.leaves(stacked))
-        memory[name]["stacked"] = memory[passes]["stacked"] = size
+        for row in (name, by_hand, passes):
+            memory[row]["stacked"] = size
     return calls, memory
 
 
@@ -137,6 +146,28 @@ def many(factors: Pytree, n: int) -> Pytree:
     return jax.tree.map(
         lambda array: 0.02 * jax.random.normal(next(keys), (n, *array.shape)), factors
     )
+
+
+def collection(factors: Pytree) -> Pytree:
+    """Factors as the variables of the hand-written layers: a and b in the place of a module."""
+    node = factors.get("kernel")
+    if node is not None:
+        return {"a": node.a, "b": node.b}
+    return {name: collection(sub) for name, sub in factors.items() if isinstance(sub, dict)}
+
+
+def written_by_hand(config: Config, options: argparse.Namespace) -> Callable[..., jax.Array]:
+    """Every example's factors gathered, and one call of the layers that have LoRA in them."""
+    layers = LoRALayers(TARGETS[options.targets], options.rank, ALPHA_PER_RANK)
+    model = Transformer(config, layers)
+
+    def call(params: Pytree, stacked: Pytree, ids: jax.Array, tokens: jax.Array) -> jax.Array:
+        def one(factors: Pytree, example: jax.Array) -> jax.Array:
+            return model.apply(params | {"lora": factors}, example[None])[0]
+
+        return jax.vmap(one)(jax.tree.map(lambda array: array[ids], stacked), tokens)
+
+    return call
 
 
 def one_adapter(model: Transformer) -> Callable[..., jax.Array]:

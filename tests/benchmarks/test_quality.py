@@ -10,8 +10,8 @@ import pytest
 import lorax_fn as lora
 from benchmarks import quality
 from benchmarks.minilm_task import encoder
-from benchmarks.quality import FEW, FULL, Setting
-from benchmarks.quality_tasks import Beginning, Ending, Examples, Task
+from benchmarks.quality import FEW, FULL, SMALL, Setting
+from benchmarks.quality_tasks import Beginning, Ending, Examples, Small, Task
 
 WIDTH = 32
 
@@ -41,7 +41,10 @@ def task(monkeypatch):
         apply=model.apply, params=params, train=train, test=Examples((x,), labels),
         kernels=r".*/(up|query)/kernel", few=(r".*/query/kernel", "query alone"),
         head=lora.Full(r".*/head/.*"), frozen=r".*/up/bias", lr=0.02, full_lr=0.02,
-        ranks=(2, 16), at_once=3, kept=lambda merged: float(merged["params"]["up"]["bias"].sum() == 0),
+        ranks=(2, 16), at_once=3, small=Small(
+            (lora.LoRA(r".*/up/kernel", rank=3, alpha=7.0), lora.Full(r".*/query/bias")),
+            "rank 3 and a bias", lr=0.01, b_ratio=4.0,
+        ), kept=lambda merged: float(merged["params"]["up"]["bias"].sum() == 0),
     )  # fmt: skip
     monkeypatch.setitem(quality.TASKS, "digits", lambda options: toy)
     monkeypatch.setattr(quality, "ALPHAS", (4.0,))
@@ -58,12 +61,14 @@ def test_every_setting_has_a_row_and_a_place_in_the_picture(task, tmp_path, caps
         "rank 8, alpha 4, every kernel",
         "rank 16, alpha 32, every kernel",
         "rank 8, alpha 16, query alone",
+        "rank 3 and a bias",
         "full fine-tuning",
     ]
     head = 3 * WIDTH + 3
     trained = [row["trained"] - head for row in rows.values()]
     pair = 2 * WIDTH
-    assert trained == [4 * pair, 16 * pair, 32 * pair, 8 * pair, 2 * WIDTH * WIDTH + WIDTH]
+    small, full = 3 * pair + WIDTH, 2 * WIDTH * WIDTH + WIDTH
+    assert trained == [4 * pair, 16 * pair, 32 * pair, 8 * pair, small, full]
     for row in rows.values():
         assert len(row["test"]) == 2
         assert row["kept"] == [1.0, 1.0]  # what is frozen is as it was
@@ -89,7 +94,9 @@ def test_the_scale_is_that_of_alpha(task):
     np.testing.assert_array_equal(scaled["up"]["kernel"].b, 1.5)
     np.testing.assert_array_equal(scaled["up"]["kernel"].a, 1.0)
     np.testing.assert_array_equal(scaled["head"]["kernel"].delta, 1.0)
-    assert FEW.group != FULL.group
+    assert len({FEW.group, SMALL.group, FULL.group, setting.group}) == 4
+    own = quality.scaled(quality.factors_of(task, SMALL, seed=0), SMALL.scale)["params"]
+    assert own["up"]["kernel"].scale == 7 / 3
 
 
 def test_the_encoder_cut_in_two_is_the_encoder(monkeypatch):

@@ -8,8 +8,8 @@ from benchmarks import serving
 def test_every_way_answers_alike_and_is_measured(tmp_path):
     """`main` itself refuses to time ways that differ in what they answer."""
     figures = serving.main(["--smoke", f"--json={tmp_path / 'serving.json'}"])
-    assert list(figures) == ["merged", "batched, 1", "a pass each, 1", "batched, 8",
-                             "a pass each, 8"]  # fmt: skip
+    ways = ("batched", "by hand", "a pass each")
+    assert list(figures) == ["merged", *(f"{way}, {n}" for n in (1, 8) for way in ways)]
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in figures.values())
     assert figures["batched, 8"]["stacked"] == 8 * figures["batched, 1"]["stacked"]
     # Not one array more for more adapters: each example's factors are all that is gathered.
