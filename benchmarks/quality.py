@@ -64,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     task = TASKS[options.task](options)
     settings = settings_of(task)
     rows: dict[Setting, Row] = {}
-    for group in dict.fromkeys(setting.group for setting in settings):
-        rows |= train(task, [each for each in settings if each.group == group], options)
+    for group in reversed(dict.fromkeys(setting.group for setting in settings)):  # full first
+        done = train(task, [each for each in settings if each.group == group], options)
+        rows = {setting: (rows | done)[setting] for setting in settings if setting in rows | done}
         print(f"\n{render(task, rows)}", flush=True)
-    report["rows"] = {name_of(task, setting): row for setting, row in rows.items()}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        report["rows"] = {name_of(task, setting): row for setting, row in rows.items()}
+        if options.json:  # after each group: the whole may take hours
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.picture:
         draw(options.picture, task, rows)
     return report

@@ -58,8 +58,8 @@ def test_every_setting_has_a_row_and_a_place_in_the_picture(task, tmp_path, caps
     rows = json.loads(file.read_text())["rows"]
     assert list(rows) == [
         "rank 2, alpha 4, every kernel",
-        "rank 8, alpha 4, every kernel",
         "rank 16, alpha 32, every kernel",
+        "rank 8, alpha 4, every kernel",
         "rank 8, alpha 16, query alone",
         "rank 3 and a bias",
         "full fine-tuning",
@@ -68,7 +68,7 @@ def test_every_setting_has_a_row_and_a_place_in_the_picture(task, tmp_path, caps
     trained = [row["trained"] - head for row in rows.values()]
     pair = 2 * WIDTH
     small, full = 3 * pair + WIDTH, 2 * WIDTH * WIDTH + WIDTH
-    assert trained == [4 * pair, 16 * pair, 32 * pair, 8 * pair, small, full]
+    assert trained == [4 * pair, 32 * pair, 16 * pair, 8 * pair, small, full]
     for row in rows.values():
         assert len(row["test"]) == 2
         assert row["kept"] == [1.0, 1.0]  # what is frozen is as it was
