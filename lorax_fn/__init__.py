@@ -93,3 +93,7 @@ __all__ = [
     "wrap",
     "wrap_batched",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "adapters", "io"]

@@ -79,7 +79,8 @@ def _check_transformation(name: str, tx: Any) -> None:
     """Raises `LoraError` unless tx is an optax transformation, made already."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise LoraError(
-            f"{name} got {tx!r}; wanted an optax transformation, such as optax.adamw(1e-4)."
+            f"{name} got a {type(tx).__name__}; wanted an optax transformation, such as "
+            "optax.adamw(1e-4)."
         )
 
 

@@ -23,6 +23,8 @@ def pair(params: Pytree, factors: Pytree) -> list[tuple[str, Any, Adapter | None
         StructureError: if the two trees have changed places or differ in structure, or an adapter
             does not fit its leaf.
     """
+    if factors is None:
+        raise StructureError("factors are None; wanted what lora.init made for params.")
     if any(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter))):
         raise StructureError(
             "params hold adapter nodes: were params and factors passed in the wrong order? "
@@ -94,7 +96,10 @@ def _difference(params: Pytree, factors: Pytree) -> str:
     nodes = leaves_with_paths(factors, is_leaf=_is_place)
     for path, node in nodes:
         if path not in wanted:
-            return f"factors hold {_brief(node)} at {path!r}, where params have no leaf"
+            return (
+                f"factors hold {_brief(node)} at {path!r}, where params have no leaf (if they come "
+                "from lora.load: pass it params too, load(path, params))"
+            )
     missing = wanted - {path for path, _ in nodes}
     if missing:
         return f"params have a leaf at {min(missing)!r}, which factors lack"

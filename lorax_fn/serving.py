@@ -85,7 +85,8 @@ def count_stacked(stacked: Pytree) -> int:
     lengths = {jnp.shape(array)[:1] for array in jax.tree.leaves(stacked)}
     if len(lengths) != 1 or () in lengths:
         what = "different first axes" if lengths else "no arrays"
-        raise LoraError(f"the factors hold {what}; wanted what lora.stack made.")
+        hint = ": lora.stack(factors)" if isinstance(stacked, list | tuple) else ""
+        raise LoraError(f"the factors hold {what}; wanted what lora.stack made{hint}.")
     return lengths.pop()[0]
 
 

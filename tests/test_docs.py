@@ -1,6 +1,7 @@
 """The documentation: each page's code runs, in order; each public name has its place in the API."""
 
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -9,9 +10,11 @@ import jax
 import pytest
 
 import lorax_fn as lora
+from lorax_fn.cli.app import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+COMMAND = re.compile(r"^lorax-fn (.*)$", re.MULTILINE)
 FENCE = re.compile(r"^([ ]*)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
@@ -30,14 +33,21 @@ RUNNABLE = [page for page in PAGES if any(language == "python" for language, *_ 
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
-def test_the_code_of_a_page_runs_in_order(page, capsys):
-    """Every `python` block, in one namespace; what cannot run here is fenced as `py`."""
+def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
+    """Every `python` block, in one namespace, and `lorax-fn` in those of the shell.
+
+    What cannot run here is fenced as `py`.
+    """
+    monkeypatch.chdir(tmp_path)
     assert jax.device_count() == 8  # the page on sharding uses them
     namespace = {"__name__": "page"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for language, line, code in blocks(page):
             if language == "python":
                 exec(compile("\n" * line + code, name_of(page), "exec"), namespace)
+            for command in COMMAND.findall(code) if language == "sh" else ():
+                monkeypatch.setattr(sys, "argv", ["lorax-fn", *shlex.split(command)])
+                assert run() == 0, (command, capsys.readouterr().err)
 
 
 def test_most_pages_have_code_that_runs():

@@ -36,7 +36,7 @@ class FullDelta(Adapter):
             raise StructureError(
                 f"factors at {path!r} have delta {self.delta.dtype}{list(self.delta.shape)}, the "
                 f"leaf is {leaf.dtype}{list(leaf.shape)}. Were they made for these params? Call "
-                "lora.init again."
+                "lora.init again; of stacked factors, lora.take one."
             )
 
     def adapt(self, leaf: Any, path: str, key: jax.Array | None = None) -> jax.Array:

@@ -148,7 +148,8 @@ def check_fits(path: str, leaf: Any, axes: Axes, parts: dict[str, tuple[Any, Dim
         got = ", ".join(f"{name}{list(array.shape)}" for name, (array, _) in parts.items())
         raise StructureError(
             f"factors at {path!r} have {got} with {axes}, which do not fit the weight's shape "
-            f"{list(leaf.shape)}. Were they made for these params? Call lora.init on them again."
+            f"{list(leaf.shape)}. Were they made for these params? Call lora.init on them again; "
+            "of stacked factors, lora.take one."
         )
 
 

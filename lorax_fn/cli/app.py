@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+import lorax_fn
 from lorax_fn.cli.adapters import compare, describe, read_nodes
 from lorax_fn.cli.base import open_base
 from lorax_fn.cli.combine import combine_files
@@ -23,7 +24,6 @@ from lorax_fn.report import aligned
 
 app = typer.Typer(
     name="lorax-fn",
-    help="LoRA adapters in files: the library's own, and Hugging Face PEFT's folders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,9 +39,28 @@ BasePath = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _print(f"lorax-fn {lorax_fn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """LoRA adapters in files: the library's own, and Hugging Face PEFT's folders."""
+
+
 @app.command()
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
-    """Show what an adapter holds: kinds, ranks, scales, shapes, sizes."""
+    """Show what an adapter holds: kinds, ranks, scales, shapes, sizes.
+
+    lorax-fn inspect adapter
+    """
     described = describe(adapter)
     if as_json:
         _print_json(described)
@@ -74,8 +93,10 @@ def merge(
 ) -> None:
     """Add an adapter into a base, tensor by tensor; a base larger than memory merges.
 
-    A folder whose merge was cut off is gone on with by the same command. A tensor that the model
-    ties (embedding and output head) changes in both uses.
+    The same command resumes a folder whose merge was interrupted. A tensor that the model ties
+    (embedding and output head) changes in both uses.
+
+    lorax-fn merge base.safetensors adapter --out merged.safetensors
     """
 
     @contextlib.contextmanager
@@ -107,6 +128,8 @@ def convert(
 
     Without --names the paths in the file are the parameters' names in PyTorch. DoRA, and modules
     that were trained whole, need --base.
+
+    lorax-fn convert adapter task.safetensors
     """
     opened = None if base is None else open_base(base)
     done = convert_adapter(source, out, opened, names, force=force)
@@ -118,7 +141,10 @@ def convert(
 
 @app.command()
 def diff(a: Adapter, b: Adapter, base: BasePath = None, as_json: AsJson = False) -> None:
-    """Compare two adapters, of either format. Exit code 0 if they are the same, 1 if not."""
+    """Compare two adapters, of either format. Exit code 0 if they are the same, 1 if not.
+
+    lorax-fn diff adapter task.safetensors
+    """
     opened = None if base is None else open_base(base)
     rows = compare(read_nodes(a, opened), read_nodes(b, opened))
     if as_json:
@@ -150,7 +176,10 @@ def combine(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one adapter of several, weighted."""
+    """Make one adapter of several, weighted.
+
+    lorax-fn combine first second --weight 0.7 --weight 0.3 --out both
+    """
     opened = None if base is None else open_base(base)
     options = {"method": method, "rank": rank, "density": density, "seed": seed}
     done = combine_files(adapters, out, weights or [], opened, force=force, **options)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorax_fn.axes import Axes
-from lorax_fn.errors import LoraError, StructureError
+from lorax_fn.errors import AxesError, LoraError, StructureError
 from lorax_fn.init import axes_by_path
 from lorax_fn.io.places import Naming, Place
 from lorax_fn.io.ready_names import READY
@@ -53,6 +53,15 @@ class Slot:
         """Whether PEFT could put LoRA on it."""
         return self.axes is not None and (self.own == "weight" or self.place.layout == "experts")
 
+    def require_axes(self) -> None:
+        """Raises `AxesError` if it is a product whose dims have no known roles."""
+        if self.axes is None and self.place.layout != "vector":
+            raise AxesError(
+                f"the axes of {self.path!r}, shape {list(self.leaf.shape)}, are unknown: they say "
+                f"which dims are the inputs of {self.name!r}. Call "
+                "axes = lora.infer_axes(apply_fn, params, *args) and pass axes=axes."
+            )
+
     @property
     def numbered(self) -> tuple[int, ...]:
         """The dims of the leaf that the index counts along."""
@@ -84,7 +93,8 @@ def slots_of(
             continue
         roles = place.axes or given.get(path)
         for index, name in place.slots(_numbered_lengths(path, leaf, place, roles)).items():
-            slot = Slot(path, leaf, place, _roles(leaf, place, roles, len(index)), index, name)
+            dims = _roles(path, leaf, place, roles, len(index))
+            slot = Slot(path, leaf, place, dims, index, name)
             if name in slots:
                 raise LoraError(
                     f"names give {path!r} and {slots[name].path!r} the one name {name!r}; wanted "
@@ -189,11 +199,14 @@ def _numbered_lengths(path: str, leaf: Any, place: Place, roles: Axes | None) ->
     return tuple(leaf.shape[: place.numbered or 0])
 
 
-def _roles(leaf: Any, place: Place, roles: Axes | None, numbered: int) -> Axes | None:
-    """The roles of a product's dims, those of a matrix where nothing else is said."""
+def _roles(path: str, leaf: Any, place: Place, roles: Axes | None, numbered: int) -> Axes | None:
+    """The roles of a product's dims, those of a JAX matrix where nothing else is said.
+
+    A "weight" is no such matrix: that is what Equinox calls its own, which are (out, in).
+    """
     if place.layout == "vector":
         return roles
-    if roles is None and leaf.ndim == numbered + 2:
+    if roles is None and leaf.ndim == numbered + 2 and path.rpartition("/")[2] != "weight":
         return Axes(tuple(range(numbered)), (numbered,), (numbered + 1,))
     if roles is not None and place.layout == "experts" and len(roles.batch) == numbered:
         return _with_experts(roles, leaf.ndim)

@@ -39,8 +39,9 @@ def load_peft(
         params: the base. Arrays where the adapter is DoRA's or holds whole modules, which are kept
             as their difference from the base; for others `jax.ShapeDtypeStruct`s do.
         names: what `save_peft` takes.
-        axes: what `infer_axes` returned for params; needed for leaves of more than two dims where
-            the names do not say.
+        axes: what `infer_axes` returned for params. Needed, where the names do not say them, for
+            leaves of more than two dims and for those called "weight", which Equinox has (out, in).
+            Any other leaf of two dims is taken for (in, out).
 
     Returns:
         Factors of the structure of params: LoRA or DoRA nodes in the file's dtype, `Full` ones for

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorax_fn.adapters import Adapter, DoRAFactors, FullDelta, LoRAFactors
 from lorax_fn.adapters.low_rank import split_shape, sum_over_contract
-from lorax_fn.errors import AdapterFileError, AxesError, LoraError, StructureError
+from lorax_fn.errors import AdapterFileError, LoraError, StructureError
 from lorax_fn.interpreter import wide_dtype
 from lorax_fn.io.layouts import (
     MAGNITUDE,
@@ -132,11 +132,7 @@ class Reader:
                     f"is unexpected: names give {slot.path!r} the layout "
                     f"{slot.place.layout!r}, and use_dora is {self.config.use_dora}",
                 )
-        if slot.axes is None:
-            raise AxesError(
-                f"the axes of {slot.path!r}, shape {list(slot.leaf.shape)}, are unknown. Call "
-                "axes = lora.infer_axes(apply_fn, params, *args) and pass axes=axes to load_peft."
-            )
+        slot.require_axes()
         first, second, *lengths = (self.file.read_finite(product.parts[part]) for part in wanted)
         factors = from_peft(slot, first, second)
         key = slot.name if slot.place.layout == "experts" else slot.module
@@ -259,6 +255,7 @@ class Reader:
 
     def _parameter(self, slot: Slot, tensor: str) -> np.ndarray:
         """A parameter that was stored whole, in the leaf's own layout."""
+        slot.require_axes()
         value = weight_from_torch(slot, self.file.read_finite(tensor))
         if value is None or slot.place.layout == "experts":
             raise self._error(

@@ -43,6 +43,7 @@ def save_peft(
     factors: Pytree,
     *,
     names: Names = None,
+    axes: Pytree | None = None,
     base_model: str | None = None,
 ) -> None:
     r"""Writes factors as an adapter of the PyTorch model, for PEFT and all that read its folders.
@@ -67,9 +68,12 @@ def save_peft(
             names, {r"blocks/(\d+)/up/w": r"model.layers.\1.mlp.up_proj.weight"}; or a function
             (path, leaf) -> name. In place of a name stands a `lorax_fn.io.Place` where the layout
             is no Linear's.
+        axes: what `infer_axes` returned for params; needed for what is saved whole, as it is for
+            `load_peft`. Factors know theirs.
         base_model: the name or folder of the PyTorch model, for the config.
 
     Raises:
+        AxesError: if the axes of a weight that is saved whole are unknown.
         LoraError: if a node has no form in PEFT, a leaf no name, or an array is not finite.
         StructureError: if factors do not belong to params.
 
@@ -85,7 +89,7 @@ def save_peft(
     """
     nodes = {path: node for path, _, node in pair(params, factors) if node is not None}
     given = {path: getattr(node, "axes", None) for path, node in nodes.items()}
-    slots = slots_of(params, names, None, given)
+    slots = slots_of(params, names, axes, given)
     writer = _Writer(slots, nodes)
     tensors, config = writer.written()
     folder = Path(folder)
@@ -192,6 +196,7 @@ class _Writer:
                 f"{slot.path!r} is trained whole and is the parameter {slot.name!r}; PEFT saves "
                 "modules whole, and no single parameters of theirs."
             )
+        slot.require_axes()
         node = self._node(slot)
         weight = _part(slot, host_array(slot.path, floating(slot.path, slot.leaf)))
         if node is not None:

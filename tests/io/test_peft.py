@@ -581,3 +581,28 @@ def test_damaged_folders_are_refused(tmp_path):
         except lora.LoraError:
             continue
         lora.merge(model.params, factors)
+
+
+def test_a_weight_of_unknown_orientation(getkey, tmp_path):
+    """A square "weight", (out, in) in Equinox, is never taken for (in, out)."""
+    params = {"q": {"weight": jax.random.normal(getkey(), (4, 4))}, "b": {"weight": jnp.eye(4)}}
+    names = {r"(\w)/weight": r"model.\1.weight"}
+    axes = lora.infer_axes(
+        lambda p, x: p["b"]["weight"] @ (p["q"]["weight"] @ x), params, jnp.ones(4)
+    )
+    rules = [lora.LoRA("q/weight", rank=2, alpha=3), lora.Full("b/weight")]
+    factors = moved(getkey(), lora.init(getkey(), params, rules, axes=axes))
+    with pytest.raises(lora.AxesError, match=r"'b/weight'.*infer_axes"):
+        lora.save_peft(tmp_path, params, factors, names=names)
+    lora.save_peft(tmp_path, params, factors, names=names, axes=axes)
+    with pytest.raises(lora.AxesError, match=r"infer_axes"):
+        lora.load_peft(tmp_path, params, names=names)
+    again = lora.load_peft(tmp_path, params, names=names, axes=axes)
+    assert again["q"]["weight"].axes == lora.Axes(contract=(1,), out=(0,))
+    merged, wanted = lora.merge(params, again), lora.merge(params, factors)
+    np.testing.assert_allclose(merged["q"]["weight"], wanted["q"]["weight"], atol=1e-6)
+    np.testing.assert_allclose(merged["b"]["weight"], wanted["b"]["weight"], atol=1e-6)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_allclose(
+        tensors["base_model.model.model.b.weight"], wanted["b"]["weight"], atol=1e-6
+    )
