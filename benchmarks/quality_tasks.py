@@ -115,7 +115,7 @@ def digits_task(_: argparse.Namespace) -> Task:
                 lora.LoRA(r".*/(block_\d/.*|stem)/kernel", rank=1, alpha=8.0),
                 lora.Full(r".*/norm[^/]*/.*"),
             ),
-            name="rank 1, alpha 8, every kernel, and norms",
+            name="rank 1, alpha 8, kernels and stem; norms",
             lr=1e-2,
         ),
         kept=lambda params: finetune_vision.score(model, params, old, "old"),

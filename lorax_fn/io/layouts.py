@@ -9,7 +9,8 @@ PEFT has
     experts     lora_A.weight (E·r, in)           lora_B.weight (out, r·E)
 
 where row e·r + k of the last A, and column k·E + e of its B, are of expert e and rank k. Where the
-parameter is a scaled or reordered leaf, B is scaled and reordered.
+parameter is a scaled or reordered leaf, B is scaled and reordered. What is scaled or shifted
+becomes float32 or wider: to round it anew would undo terms that cancel.
 """
 
 from __future__ import annotations
@@ -168,11 +169,10 @@ def _values_from_torch(
 
 
 def _affine(array: np.ndarray, scale: float, shift: float) -> np.ndarray:
-    """scale · array + shift, formed in float32 or wider."""
+    """scale · array + shift, in float32 or wider."""
     if scale == 1.0 and shift == 0.0:
         return array
-    wide = np.promote_types(array.dtype, np.float32)
-    return (scale * array.astype(wide) + shift).astype(array.dtype)
+    return scale * array.astype(np.promote_types(array.dtype, np.float32)) + shift
 
 
 def _halves(length: int) -> np.ndarray:

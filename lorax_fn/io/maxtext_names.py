@@ -6,9 +6,11 @@
 "maxtext_gemma2"   Gemma 2: q likewise, embeddings are multiplied by √width, a norm's scale is 1 + w
 "maxtext_gemma3"   the text decoder of Gemma 3: embeddings and norms as in Gemma 2
 
-Layers are unrolled, "layers_3", or scanned: "layers", a stack along dim 1. A vocabulary that
-MaxText pads stays padded. The layouts are those of MaxText's converter in release 0.2.5,
-`maxtext/checkpoint_conversion/utils/param_mapping.py`, and are tested against it.
+Layers are unrolled, "layers_3", or scanned: "layers", a stack along dim 1. The trees of Qwen, Llama
+and Mixtral do not tell which they are. MaxText pads some vocabularies, Gemma 2's among them: such
+an embedding, whole or adapted, does not fit the published model's. The layouts are those of
+MaxText's converter in release 0.2.5, `maxtext/checkpoint_conversion/utils/param_mapping.py`, and
+are tested against it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
 
 from lorax_fn.axes import Axes
 from lorax_fn.errors import LoraError
@@ -134,23 +139,24 @@ class Family:
     Attributes:
         layer: the leaves of a layer, by their path in it.
         model: what the names of all but the head begin with.
-        cycle: how many of the PyTorch model's layers one of MaxText's is.
-        block: how many one step of the scan has, as "layers_0", "layers_1", …; 1 where they have no
-            names of their own.
-        blocks: how many steps the scan has; wanted where layers remain after it.
+        cycle: how many of the PyTorch model's layers one of MaxText's is, the leaves of each with
+            names of their own (Gemma 2).
+        block: how many layers a step of the scan has, as "layers_0", "layers_1", … (Gemma 3).
+        steps: how many steps the scan has, before the layers that remain.
         query_scaled: whether q is divided by √head_dim.
         interleaved: whether q and k are interleaved.
-        gemma: whether embeddings are multiplied by √width and a norm's scale is 1 + w.
+        gemma: the dtype of the √width by which embeddings are multiplied, a norm's scale being
+            1 + w; None where they are not.
     """
 
     layer: Mapping[str, Leaf]
     model: str = "model"
     cycle: int = 1
     block: int = 1
-    blocks: int | None = None
+    steps: int | None = None
     query_scaled: bool = False
     interleaved: bool = False
-    gemma: bool = False
+    gemma: Any = None
 
     def __call__(self, path: str, leaf: Any) -> Place | None:
         """The place of one leaf, None where it is no part of the decoder."""
@@ -164,34 +170,52 @@ class Family:
         if found is None or found["leaf"] not in self.layer:
             return None
         own = self.layer[found["leaf"]]
-        scanned = found["rest"] is None and found["i"] is None
-        name = self._name(own, found, scanned=scanned)
+        number = self._number(own, found)
+        if number is None:
+            return None
+        scanned = len(number) > 1
+        name = self._name(own, *number)
         return self._place(name, own, leaf, own.axes(scanned=scanned))
 
-    def _name(self, own: Leaf, found: re.Match[str], *, scanned: bool) -> Any:
-        """The name, or of several parameters a function that makes it of their indices."""
-        step, first = self.cycle, own.position
+    def fitted(self, leaves: Mapping[str, Any]) -> Family:
+        """With the number of the scan's steps, of params by path."""
+        for path, leaf in leaves.items():
+            found = _LAYER.fullmatch(path.removeprefix("params/"))
+            if self.block > 1 and found and not found["rest"] and not found["i"] and found["k"]:
+                return dataclasses.replace(self, steps=leaf.shape[_STACKED])
+        return self
+
+    def _number(self, own: Leaf, found: re.Match[str]) -> tuple[int, ...] | None:
+        """The layer in the PyTorch model; of a scan the first one, and how many it goes on by."""
+        i, k = (None if found[name] is None else int(found[name]) for name in "ik")
         if found["rest"]:
-            first = self._remainder() + int(found["k"])
-        elif found["k"]:
-            step, first = self.block, int(found["k"])
-        elif found["i"]:
-            first += self.cycle * int(found["i"])
+            if i is not None or k is None or self.block == 1:
+                return None
+            return (self._remainder(found[0]) + k,)
+        if i is not None:
+            return None if k is not None else (own.position + self.cycle * i,)
+        if k is None:
+            return own.position, self.cycle
+        return (k, self.block) if k < self.block else None
+
+    def _name(self, own: Leaf, first: int, step: int | None = None) -> Any:
+        """The name, or of several parameters a function that makes it of their indices."""
 
         def name(*index: int) -> str:
-            layer = first + step * index[-1] if scanned else first
+            layer = first if step is None else first + step * index[-1]
             whole = f"{self.model}.layers.{layer}.{own.name}"
             return whole.replace("{expert}", str(index[0])) if own.of_experts else whole
 
-        return name if scanned or own.of_experts else name()
+        return name() if step is None and not own.of_experts else name
 
-    def _remainder(self) -> int:
-        if self.blocks is None:
+    def _remainder(self, path: str) -> int:
+        """The first layer after the scan."""
+        if self.steps is None:
             raise LoraError(
-                "layers remain after the scan, and their numbers depend on its length; wanted "
-                "names=lorax_fn.io.maxtext_names.gemma3(blocks), with the number of its steps."
+                f"{path!r} is of the layers that remain after a scan, and none of the scanned ones "
+                "is there to tell how many come before it; wanted the whole tree."
             )
-        return self.block * self.blocks
+        return self.block * self.steps
 
     def _place(self, name: Any, own: Leaf, leaf: Any, axes: Axes) -> Place:
         values: dict[str, Any] = {}
@@ -199,26 +223,14 @@ class Family:
             values["scale"] = math.sqrt(leaf.shape[-1])
         if self.interleaved and own.role in ("query", "key"):
             values["interleaved"] = True
-        if self.gemma and own.role == "embedding":
-            values["scale"] = 1 / math.sqrt(leaf.shape[-1])
-        if self.gemma and own.role == "norm":
+        if self.gemma is not None and own.role == "embedding":
+            values["scale"] = 1 / float(np.asarray(math.sqrt(leaf.shape[-1]), self.gemma))
+        if self.gemma is not None and own.role == "norm":
             values["shift"] = -1.0
         if own.role == "embedding":
             return Place(name, "embedding", axes, **values)
         return Place(name, "linear" if own.contract else "vector", axes, **values)
 
-
-def gemma3(blocks: int) -> Family:
-    """Gemma 3, scanned in so many steps of six layers; those that remain are "layers_remainder"."""
-    return dataclasses.replace(_GEMMA3, blocks=blocks)
-
-
-_GEMMA3 = Family(
-    _attention() | _mlp() | _norms(_FOUR_NORMS),
-    model="model.language_model",
-    block=6,
-    gemma=True,
-)
 
 FAMILIES: dict[str, Naming] = {
     "maxtext": Family(_DENSE | _experts("moe_block", "mlp", "gate_proj", "up_proj", "down_proj")),
@@ -226,6 +238,11 @@ FAMILIES: dict[str, Naming] = {
     "maxtext_mixtral": Family(
         _DENSE | _experts("MoeBlock_0", "block_sparse_moe", "w1", "w3", "w2"), query_scaled=True
     ),
-    "maxtext_gemma2": Family(_pair(), cycle=2, query_scaled=True, gemma=True),
-    "maxtext_gemma3": _GEMMA3,
+    "maxtext_gemma2": Family(_pair(), cycle=2, query_scaled=True, gemma=np.float32),
+    "maxtext_gemma3": Family(
+        _attention() | _mlp() | _norms(_FOUR_NORMS),
+        model="model.language_model",
+        block=6,
+        gemma=jnp.bfloat16,
+    ),
 }

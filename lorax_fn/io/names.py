@@ -10,6 +10,7 @@ from typing import Any
 from lorax_fn.axes import Axes
 from lorax_fn.errors import AxesError, LoraError, StructureError
 from lorax_fn.init import axes_by_path
+from lorax_fn.io.maxtext_names import Family
 from lorax_fn.io.places import Naming, Place
 from lorax_fn.io.ready_names import READY
 from lorax_fn.paths import leaves_with_paths
@@ -84,16 +85,19 @@ def slots_of(
         LoraError: if names are none, or name one parameter twice.
         StructureError: if axes are not parallel to params.
     """
-    naming = resolve_names(names)
+    naming, leaves = resolve_names(names), leaves_with_paths(params)
+    if isinstance(naming, Family):
+        naming = naming.fitted(dict(leaves))
     given = {**(known or {}), **axes_by_path(params, axes)}
     slots: dict[str, Slot] = {}
-    for path, leaf in leaves_with_paths(params):
+    for path, leaf in leaves:
         place = naming(path, leaf) if is_array(leaf) else None
         if place is None:
             continue
         roles = place.axes or given.get(path)
         for index, name in place.slots(_numbered_lengths(path, leaf, place, roles)).items():
             dims = _roles(path, leaf, place, roles, len(index))
+            _check_interleaved(path, leaf, place, dims)
             slot = Slot(path, leaf, place, dims, index, name)
             if name in slots:
                 raise LoraError(
@@ -211,6 +215,15 @@ def _roles(path: str, leaf: Any, place: Place, roles: Axes | None, numbered: int
     if roles is not None and place.layout == "experts" and len(roles.batch) == numbered:
         return _with_experts(roles, leaf.ndim)
     return roles
+
+
+def _check_interleaved(path: str, leaf: Any, place: Place, roles: Axes | None) -> None:
+    last = leaf.shape[roles.out[-1] if roles is not None and roles.out else -1]
+    if place.interleaved and last % 2:
+        raise LoraError(
+            f"names give {path!r} of shape {list(leaf.shape)} an interleaved place; wanted an even "
+            f"number of outputs in its last output dim, which has {last}."
+        )
 
 
 def _with_experts(roles: Axes, ndim: int) -> Axes:

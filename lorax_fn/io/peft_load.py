@@ -44,8 +44,8 @@ def load_peft(
             Any other leaf of two dims is taken for (in, out).
 
     Returns:
-        Factors of the structure of params: LoRA or DoRA nodes in the file's dtype, `Full` ones for
-        modules that were trained whole.
+        Factors of the structure of params: LoRA or DoRA nodes in the file's dtype (B in float32
+        where the names scale it), `Full` ones for modules that were trained whole.
 
     Raises:
         AdapterFileError: if the folder is damaged, of a kind that is not known here, or does not

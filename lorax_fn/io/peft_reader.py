@@ -22,6 +22,7 @@ from lorax_fn.io.layouts import (
     tensor_names,
     torch_shape,
     weight_from_torch,
+    weight_to_torch,
 )
 from lorax_fn.io.names import Slot, check_positions
 from lorax_fn.io.peft_config import PREFIX, PeftConfig
@@ -74,7 +75,7 @@ class Reader:
         if products is None:
             return self._delta(whole)
         for slot, tensor in whole:  # PEFT stores the base of embeddings that it adapts
-            if not self._is_base(slot, self._parameter(slot, tensor)):
+            if not self._is_base(slot, tensor):
                 raise self._error(
                     tensor, f"is another base than {path!r}, which the LoRA also changes"
                 )
@@ -244,9 +245,10 @@ class Reader:
         """What was trained whole, as its difference from the base."""
         delta = None
         for slot, tensor in whole:
-            value = self._parameter(slot, tensor)
-            if not self.config.saves(slot.module) and self._is_base(slot, value):
+            unasked = slot.own == "weight" and not self.config.saves(slot.module)
+            if unasked and self._is_base(slot, tensor):
                 continue  # a head that PEFT stores with its embedding
+            value = self._parameter(slot, tensor)
             wide = wide_dtype(slot.leaf.dtype)
             if delta is None:
                 delta = np.zeros(slot.leaf.shape, wide)
@@ -268,14 +270,20 @@ class Reader:
     def _base(self, slot: Slot) -> np.ndarray:
         return _part(slot, np.asarray(self._values(slot)))
 
-    def _is_base(self, slot: Slot, value: np.ndarray) -> bool:
-        """Whether a parameter is the base's own, but for the rounding of a scaled leaf."""
-        value, base = value.astype(slot.leaf.dtype), self._base(slot)
+    def _is_base(self, slot: Slot, tensor: str) -> bool:
+        """Whether a parameter that was stored whole is the base's own."""
+        value, base = self._parameter(slot, tensor), self._base(slot)
         if slot.place.scale == 1.0 and slot.place.shift == 0.0:
-            return np.array_equal(value, base)
-        value, base = (array.astype(wide_dtype(array.dtype)) for array in (value, base))
-        rounding = 4 * float(jnp.finfo(slot.leaf.dtype).eps)
-        return np.allclose(value, base, rtol=rounding, atol=rounding * np.abs(base).max())
+            return np.array_equal(value.astype(slot.leaf.dtype), base)
+        # The leaf is the parameter scaled, and rounded: equal to one rounding of each entry.
+        stored = self.file.read_finite(tensor)
+        coarser = max((stored.dtype, base.dtype), key=lambda dtype: jnp.finfo(dtype).eps)
+        return np.allclose(
+            stored.astype(np.float64),
+            weight_to_torch(slot, base.astype(np.float64)),
+            rtol=float(jnp.finfo(coarser).eps),
+            atol=abs(slot.place.shift) * float(jnp.finfo(coarser).eps),
+        )
 
     def _values(self, slot: Slot) -> Any:
         if isinstance(as_array(slot.leaf), jax.ShapeDtypeStruct):

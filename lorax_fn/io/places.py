@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,9 +32,13 @@ class Place:
             dim, or the middle one if the module has `is_transposed`.
         position: of "experts": 0 for the first parameter of its module that is adapted, and so on,
             in the order in which the module defines them.
-        scale, shift: the parameter is scale · leaf + shift.
+        scale: the parameter is so many times the leaf; above 0.
+        shift: of "vector": what is added to it then.
         interleaved: whether the last output dim of the leaf has the two halves of the parameter's
             in turn, first, second, first, …, as some rotary embeddings want them.
+
+    Raises:
+        LoraError: if scale or shift are none.
 
     >>> Place("model.layers.{}.mlp.up_proj.weight").slots((2,))[(1,)]
     'model.layers.1.mlp.up_proj.weight'
@@ -47,6 +52,15 @@ class Place:
     scale: float = 1.0
     shift: float = 0.0
     interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise LoraError(f"scale={self.scale!r} of a Place; wanted a finite number above 0.")
+        if self.shift and (self.layout != "vector" or not math.isfinite(self.shift)):
+            raise LoraError(
+                f"shift={self.shift!r} of a Place of layout {self.layout!r}; wanted a finite "
+                "number, and 0 for all but a vector."
+            )
 
     def slots(self, lengths: tuple[int, ...]) -> dict[tuple[int, ...], str]:
         """The parameter's name for every index of the dims that are numbered in it."""

@@ -17,14 +17,14 @@ from safetensors.numpy import save_file
 
 FILE = Path(__file__).with_name("maxtext.safetensors")
 MODULE = "maxtext/checkpoint_conversion/utils/param_mapping.py"
-WIDTH, HEADS, KV_HEADS, HEAD, HIDDEN, VOCABULARY, EXPERTS = 4, 2, 1, 4, 3, 5, 3
+WIDTH, HEADS, KV_HEADS, HEAD, HIDDEN, VOCABULARY, EXPERTS = 10, 3, 2, 6, 7, 5, 4
 MODELS = {  # by the name of our naming: MaxText's model, its layers, whether it has experts
     "maxtext": ("qwen3-8b", 2, False),
     "maxtext with experts": ("qwen3-30b-a3b", 2, True),
     "maxtext_llama": ("llama3.1-8b", 2, False),
     "maxtext_mixtral": ("mixtral-8x7b", 2, True),
     "maxtext_gemma2": ("gemma2-2b", 4, False),
-    "maxtext_gemma3": ("gemma3-4b", 14, False),
+    "maxtext_gemma3": ("gemma3-4b", 13, False),
 }
 SHAPES = {  # of a leaf of one layer, by the end of its name
     "embedding": (VOCABULARY, WIDTH),

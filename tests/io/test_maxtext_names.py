@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lorax_fn as lora
+from lorax_fn.io import Place
 from lorax_fn.io.layouts import weight_from_torch, weight_to_torch
-from lorax_fn.io.maxtext_names import gemma3
+from lorax_fn.io.maxtext_names import FAMILIES
 from lorax_fn.io.names import slots_of
 from lorax_fn.paths import leaves_with_paths
 from tests.io.trees import moved
@@ -22,7 +23,11 @@ CASES = sorted({tuple(key.split("|")[:2]) for key in ARRAYS if "|torch|" not in 
 @pytest.fixture(params=CASES, ids=", ".join)
 def case(request):
     """The model's naming, its params, and its weights in PyTorch's layout."""
-    naming, structure = request.param
+    return request.param[0].partition(" ")[0], *tree_of(*request.param)
+
+
+def tree_of(naming, structure):
+    """The params of a model, and its weights in PyTorch's layout."""
     tree, torch = {}, {}
     for key, array in ARRAYS.items():
         model, kind, name = key.split("|")
@@ -34,8 +39,7 @@ def case(request):
             node[own] = jnp.asarray(array)
         elif model == naming and kind == "torch":
             torch[name] = array
-    names = naming.partition(" ")[0]
-    return (gemma3(blocks=2) if names == "maxtext_gemma3" else names), tree, torch
+    return tree, torch
 
 
 def part(slot, array):
@@ -120,9 +124,86 @@ def test_what_is_trained_whole(case, getkey, tmp_path):
     assert_close(lora.merge(params, again), lora.merge(params, factors))
 
 
-def test_layers_that_remain_after_a_scan_want_its_length():
-    leaf = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+@pytest.mark.parametrize("naming", ["maxtext_llama", "maxtext_gemma3"])
+def test_in_half_precision_no_value_is_rounded_twice(naming, getkey, tmp_path):
+    """Two products that cancel (PiSSA) still do when B is scaled; and norms keep their digits."""
+    params, _ = tree_of(naming, "unrolled")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    axes = {slot.path: slot.axes for slot in slots_of(params, naming).values()}
+    query = next(path for path, _ in leaves_with_paths(params) if path.endswith("query/kernel"))
+    pissa = {"rank": 3, "alpha": 4, "init": "pissa", "dtype": jnp.bfloat16}
+    rules = [lora.LoRA(query, **pissa, axes=axes[query]), lora.Full(r".*norm/scale")]
+    factors = lora.init(getkey(), params, rules)
+    factors = jax.tree.map(lambda x: x + jnp.asarray(0.01, x.dtype), factors)
+    lora.save_peft(tmp_path, params, factors, names=naming)
+    again = lora.load_peft(tmp_path, params, names=naming)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    changes = [jax.tree.map(np.subtract, lora.merge(wide, each), wide) for each in (again, factors)]
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(changes[1]))
+    jax.tree.map(
+        lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=2e-3 * largest), *changes
+    )
+
+
+def test_a_base_stored_beside_its_lora_is_known(getkey, tmp_path):
+    """PEFT stores embeddings that it adapts; a base that differs in a small entry is refused."""
+    params, torch = tree_of("maxtext_gemma3", "unrolled")
+    rules = [lora.LoRA(r".*/embedding", rank=2, alpha=3)]
+    factors = moved(getkey(), lora.init(getkey(), params, rules))
+    lora.save_peft(tmp_path, params, factors, names="maxtext_gemma3")
+    file = tmp_path / "adapter_model.safetensors"
+    name = "model.language_model.embed_tokens"
+    stored = {f"base_model.model.{name}.base_layer.weight": torch[f"{name}.weight"].copy()}
+    save_file(load_file(file) | stored, file, {"format": "pt"})
+    assert_close(lora.load_peft(tmp_path, params, names="maxtext_gemma3"), factors)
+    (weight,) = stored.values()
+    weight[np.unravel_index(np.abs(weight).argmin(), weight.shape)] *= 1.01
+    save_file(load_file(file) | stored, file, {"format": "pt"})
+    with pytest.raises(lora.AdapterFileError, match="another base"):
+        lora.load_peft(tmp_path, params, names="maxtext_gemma3")
+
+
+def test_layers_that_remain_after_a_scan_are_counted_on_from_it():
+    gemma3, leaf = FAMILIES["maxtext_gemma3"], jax.ShapeDtypeStruct((4, 3), jnp.float32)
     path = "params/decoder/layers_remainder/layers_1/mlp/wi_0/kernel"
-    assert gemma3(5)(path, leaf).name == "model.language_model.layers.31.mlp.gate_proj.weight"
-    with pytest.raises(lora.LoraError, match=r"maxtext_names\.gemma3\(blocks\)"):
-        gemma3(None)(path, leaf)
+    with pytest.raises(lora.LoraError, match=r"layers_remainder/layers_1.*wanted the whole tree"):
+        gemma3(path, leaf)
+    scanned = jax.ShapeDtypeStruct((4, 5, 3), jnp.float32)
+    gemma3 = gemma3.fitted({"params/decoder/layers/layers_2/mlp/wi_0/kernel": scanned})
+    assert gemma3(path, leaf).name == "model.language_model.layers.31.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("naming", "layer"),
+    [
+        ("maxtext_gemma3", "layers_remainder"),
+        ("maxtext_gemma3", "layers_3/layers_1"),
+        ("maxtext_gemma3", "layers/layers_6"),
+        ("maxtext", "layers/layers_1"),
+        ("maxtext", "layers_remainder/layers_1"),
+    ],
+)
+def test_layers_that_the_family_does_not_have(naming, layer):
+    leaf = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    assert FAMILIES[naming](f"decoder/{layer}/mlp/wi_0/kernel", leaf) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"scale": -1.0}, "scale=-1.0"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"shift": 1.0}, "shift=1.0 of a Place of layout 'linear'"),
+    ],
+)
+def test_places_that_are_none(settings, message):
+    with pytest.raises(lora.LoraError, match=message):
+        Place("a.weight", **settings)
+
+
+def test_an_odd_number_of_outputs_is_not_interleaved(tmp_path):
+    params = {"w": jnp.ones((4, 3))}
+    factors = lora.init(jax.random.key(0), params, [lora.LoRA("w", rank=1)])
+    with pytest.raises(lora.LoraError, match=r"'w'.*even number"):
+        lora.save_peft(tmp_path, params, factors, names={"w": Place("a.weight", interleaved=True)})
