@@ -25,4 +25,4 @@ class AdapterFileError(LoraError):
 
 
 class DenseWarning(UserWarning):
-    """A weight met an operation with no factored form and was added up as W + s·A·B."""
+    """A weight met an operation with no factored form and was materialised as W + s·A·B."""
