@@ -51,7 +51,7 @@ def task(monkeypatch):
     return toy
 
 
-def test_every_setting_has_a_row_and_a_place_in_the_picture(task, tmp_path, capsys):
+def test_every_setting_has_a_row_and_the_sweeps_a_picture(task, tmp_path, capsys):
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["--steps", "20", "--seeds", "2", "--json", str(file), "--picture", str(picture)]
     quality.main(arguments)
