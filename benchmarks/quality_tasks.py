@@ -116,7 +116,7 @@ def digits_task(_: argparse.Namespace) -> Task:
                 lora.Full(r".*/norm[^/]*/.*"),
             ),
             name="rank 1, alpha 8, kernels and stem; norms",
-            lr=1e-2,
+            lr=5e-3,
         ),
         kept=lambda params: finetune_vision.score(model, params, old, "old"),
     )
