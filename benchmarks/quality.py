@@ -225,7 +225,7 @@ def draw(file: Path, task: Task, rows: dict[Setting, Row]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     shown = {"test": "what is learnt"} | ({"kept": "what is kept"} if task.kept else {})
-    size = (9, 2.6 * len(shown))
+    size = (9, 2.6 * len(shown) + 0.6)
     figure, grid = plt.subplots(
         len(shown), 2, figsize=size, layout="constrained", sharey="row", squeeze=False
     )
@@ -242,6 +242,11 @@ def draw(file: Path, task: Task, rows: dict[Setting, Row]) -> None:
             axes.plot(places, values.mean(1), "-", color="tab:blue", label="LoRA, every kernel")
             place, value = getattr(FEW, name), np.mean(rows[FEW][what])
             axes.plot([place], [value], "s", color="tab:red", label=f"LoRA, {task.few[1]}")
+            if task.small is not None:
+                best = np.mean(rows[SMALL][what])
+                axes.axhline(
+                    best, color="tab:green", ls=":", label=f"within 2 %: {task.small.name}"
+                )
             full = np.array(rows[FULL][what])
             axes.axhline(full.mean(), color="black", ls="--", label="full fine-tuning")
             axes.axhspan(full.min(), full.max(), color="black", alpha=0.08)
@@ -252,7 +257,12 @@ def draw(file: Path, task: Task, rows: dict[Setting, Row]) -> None:
             axes.set(title=title)
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
             axes.grid(alpha=0.3)
-    grid[0][0].legend(fontsize="small")
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize="small",
+    )
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
