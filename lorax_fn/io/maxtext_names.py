@@ -181,7 +181,9 @@ class Family:
         """With the number of the scan's steps, of params by path."""
         for path, leaf in leaves.items():
             found = _LAYER.fullmatch(path.removeprefix("params/"))
-            if self.block > 1 and found and not found["rest"] and not found["i"] and found["k"]:
+            if self.block == 1 or found is None or getattr(leaf, "ndim", 0) <= _STACKED:
+                continue
+            if not found["rest"] and not found["i"] and found["k"]:
                 return dataclasses.replace(self, steps=leaf.shape[_STACKED])
         return self
 
