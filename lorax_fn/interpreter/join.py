@@ -26,7 +26,7 @@ from lorax_fn.interpreter.weight import Term, Weight, bases
 
 def _concatenate(ctx: Context, eqn: Any, *operands: Any) -> Weight:
     base = carried(eqn, bases(operands))
-    return _joined(base, operands, eqn.params["dimension"])
+    return _joined(base, operands, int(eqn.params["dimension"]))  # jnp.roll gives a numpy one
 
 
 def _stack(ctx: Context, eqn: Any, *operands: Any) -> Weight:

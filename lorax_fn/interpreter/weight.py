@@ -26,7 +26,12 @@ from lorax_fn.interpreter.quantized import Lazy, check_picks, computed, picked
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which sums are formed: float32, or a wider one if that is what is summed."""
+    """The dtype in which sums are formed: float32, or a wider one if that is what is summed.
+
+    Data may be complex, though weights are not: it stays so.
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return dtype
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
