@@ -93,8 +93,9 @@ def _squared_norm(weight: Any, terms: Sequence[Term], squared: Factor) -> jax.Ar
     """‖W + Σ s·A·B‖² for each output, given ‖W‖²; constant to derivatives."""
     a = Factor(jnp.concatenate([t.a.array for t in terms], -1), terms[0].a.dims)
     b_axis = terms[0].b.dims.index(RANK)
-    b = Factor(jnp.concatenate([t.b.array * t.scale for t in terms], b_axis), terms[0].b.dims)
     dtype = wide_dtype(weight.dtype)
+    scaled = [t.b.array.astype(dtype) * t.scale for t in terms]
+    b = Factor(jnp.concatenate(scaled, b_axis), terms[0].b.dims)
     a, b = (lax.stop_gradient(factor.astype(dtype)) for factor in (a, b))
     w = Factor(weight.astype(dtype), tuple(range(weight.ndim)))
     dot = functools.partial(labelled_dot, precision=lax.Precision.HIGHEST)

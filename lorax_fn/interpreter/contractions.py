@@ -19,7 +19,7 @@ from jax import lax
 
 from lorax_fn.interpreter import compat
 from lorax_fn.interpreter.dropout import drop
-from lorax_fn.interpreter.factor import RANK, Factor, Label, labelled_dot
+from lorax_fn.interpreter.factor import RANK, Factor, Label, is_smaller, labelled_dot
 from lorax_fn.interpreter.gains import (
     apply_gains,
     can_gain,
@@ -93,6 +93,7 @@ class Contraction:
         into = enter(drop(x, term, use), term)
         thin = observe(self.dot(into, first.astype(dtype), later), term)  # (x's free dims…, r)
         thin, gains = apply_gains(thin.astype(dtype), gains)
+        second = second.astype(joint_dtype(second.array.dtype, dtype))  # not rounded when scaled
         thin, second = scale_smaller(term.scale, thin, second)
         second = _in_order(second, [d for d in self.out if d not in thin.dims])
         wide = self.dot(thin, second.astype(dtype), self.out)  # (x's free…, w's free…)
@@ -135,7 +136,7 @@ def scale_smaller(scale: float, thin: Factor, second: Factor) -> tuple[Factor, F
     """Multiplies the scale into the smaller of the thin activation and the second factor."""
     if scale == 1.0:
         return thin, second
-    if thin.array.size < second.array.size:
+    if is_smaller(thin.array, second.array):
         return thin.with_array(thin.array * scale), second
     return thin, second.with_array(second.array * scale)
 

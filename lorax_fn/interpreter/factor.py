@@ -115,6 +115,11 @@ class Factor:
         ]
 
 
+def is_smaller(a: Any, b: Any) -> bool:
+    """Whether a has fewer elements than b; not, where a size is symbolic (`jax.export`)."""
+    return isinstance(a.size, int) and isinstance(b.size, int) and a.size < b.size
+
+
 def labelled_dot(
     lhs: Factor,
     rhs: Factor,

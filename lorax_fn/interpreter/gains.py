@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lorax_fn.interpreter.factor import Factor, Label
+from lorax_fn.interpreter.factor import Factor, Label, is_smaller
 from lorax_fn.interpreter.frozen_dot import frozen_dot
 from lorax_fn.interpreter.quantized import Lazy, consumed, product_with
 from lorax_fn.interpreter.weight import Term, wide_dtype
@@ -72,9 +73,13 @@ def gained_product(
     contract, constants = product_with(eqn, operands, at)
     weight = operands[1 if at == 0 else 0]
     of_weight = all({*gain.dims} <= {*range(weight.ndim)} for gain in gains)
-    is_smaller = weight.size < eqn.outvars[0].aval.size
+    into_weight = (
+        of_weight
+        and is_smaller(weight, eqn.outvars[0].aval)
+        and _holds(weight.dtype, operands[at].dtype)
+    )
     product = _GainedProduct(
-        contract, tuple(labels), isinstance(weight, Lazy), weight.ndim, of_weight and is_smaller
+        contract, tuple(labels), isinstance(weight, Lazy), weight.ndim, into_weight
     )
     return product(operands[at], constants, gains)
 
@@ -109,14 +114,33 @@ class _GainedProduct:
             tangents = jax.tree.map(_instantiated, primals, tangents)
             return jax.jvp(self._plain, primals, tangents)
         result = self.contract(x, x, *constants)
-        gains_dot = jax.tree.map(_instantiated, gains, gains_dot)
-        of_gains = functools.partial(self._gained, result)
-        gained, change = jax.jvp(of_gains, (gains,), (gains_dot,))
+        # Of each operand that has a tangent alone: 0 · result would be NaN where that is infinite.
+        changes = []
+        for at, gain_dot in enumerate(gains_dot):
+            if not _is_zero(gain_dot.array):
+                linear = functools.partial(self._linear_in_gain, [g.dims for g in gains], at)
+                others = [gain.array for i, gain in enumerate(gains) if i != at]
+                changes.append(frozen_dot(linear, gain_dot.array, [result, *others]))
         if not _is_zero(x_dot):
             leaves, treedef = jax.tree.flatten((constants, gains))
             linear = functools.partial(self._linear_in_x, treedef)
-            change += frozen_dot(linear, x_dot, leaves)
-        return gained, change
+            changes.append(frozen_dot(linear, x_dot, leaves))
+        gained = self._gained(result, gains)
+        if not changes:
+            return gained, jnp.zeros_like(gained)
+        return gained, functools.reduce(operator.add, changes)
+
+    def _linear_in_gain(
+        self,
+        dims: Sequence[tuple[Label, ...]],
+        at: int,
+        _: Any,
+        gain: Any,
+        result: Any,
+        *others: Any,
+    ) -> Any:
+        arrays = [*others[:at], gain, *others[at:]]
+        return self._gained(result, [Factor(a, d) for a, d in zip(arrays, dims, strict=True)])
 
     def _linear_in_x(self, treedef: Any, ready: Any, x: Any, *leaves: Any) -> Any:
         constants, gains = jax.tree.unflatten(treedef, leaves)
@@ -145,6 +169,12 @@ def fold(
     folded = [dataclasses.replace(term, gains=gains).folded() for term in terms]
     kept = [dataclasses.replace(f, gains=t.gains) for f, t in zip(folded, terms, strict=True)]
     return tuple(kept), ()
+
+
+def _holds(dtype: Any, data: Any) -> bool:
+    """Whether a product with gains of that dtype keeps what the data's would."""
+    with jax.numpy_dtype_promotion("standard"):
+        return not is_narrow(dtype) and (is_narrow(data) or jnp.promote_types(dtype, data) == dtype)
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lorax_fn.interpreter.explicit import placed_like
@@ -33,6 +34,12 @@ def wide_dtype(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def _gained(factor: Factor, gain: Factor) -> Factor:
+    """factor · gain in float32 or wider: factors of 16 bits are not rounded anew."""
+    dtypes = (wide_dtype(each.array.dtype) for each in (factor, gain))
+    return factor.astype(np.promote_types(*dtypes)).times(gain)
 
 
 def _static() -> Any:
@@ -78,10 +85,10 @@ class Term:
         for gain in self.gains:
             fits_a = set(gain.dims) <= set(a.dims)
             if fits_a and (a.array.size < b.array.size or not set(gain.dims) <= set(b.dims)):
-                a = a.times(gain)
+                a = _gained(a, gain)
                 continue
             missing = [d for d in gain.dims if d not in b.dims]  # batch dims that A and B share
-            b = b.widen(missing, [gain.length(d) for d in missing]).times(gain)
+            b = _gained(b.widen(missing, [gain.length(d) for d in missing]), gain)
         return dataclasses.replace(self, a=a, b=b, gains=())
 
     def add_up(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -83,3 +83,75 @@ def products(jaxpr):
         for inner in sub_jaxprs(eqn.params):
             found += products(inner)
     return found
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16])
+def test_a_weight_narrower_than_the_data_takes_no_gain(rows, dtype):
+    """In an 8-bit weight W·g would overflow, in one of 16 bits be rounded."""
+    params = {"w": (300 + jnp.arange(16.0).reshape(4, 4)).astype(dtype)}
+    node = lora.init(jax.random.key(0), params, [lora.IA3("w")])["w"]
+    factors = {"w": dataclasses.replace(node, gain=jnp.linspace(1.9, 2.1, 4))}
+    x = jnp.ones((rows, 4))
+
+    def model(params, x):
+        numbers = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, params["w"], numbers, preferred_element_type=jnp.float32)
+
+    gradient = jax.grad(lambda x: lora.wrap(model)(params, factors, x).sum())(x)
+    by_hand = params["w"].astype(jnp.float32) @ factors["w"].gain
+    np.testing.assert_allclose(gradient, np.tile(by_hand, (rows, 1)), rtol=1e-6)
+
+
+def test_an_infinite_result_spoils_no_derivative_in_x():
+    """A gain that is not differentiated has no share in the tangent, not 0 times the result."""
+    params = {"w": jnp.ones((2, 2))}
+    factors = lora.init(jax.random.key(0), params, [lora.IA3("w")])
+    x = jnp.array([[jnp.inf, 1.0], [1.0, 1.0]])
+    apply = lora.wrap(lambda params, x: x @ params["w"])
+    _, change = jax.jvp(lambda x: apply(params, factors, x), (x,), (jnp.ones_like(x),))
+    np.testing.assert_array_equal(change, 2.0)
+
+
+def test_what_is_kept_for_a_gain_is_as_wide_as_the_data(getkey):
+    params = {"w": jax.random.normal(getkey(), (INPUTS, OUTPUTS), jnp.bfloat16)}
+    factors = lora.init(getkey(), params, [lora.IA3("w")])
+    x = jax.random.normal(getkey(), (MANY, INPUTS), jnp.bfloat16)
+    apply = lora.wrap(lambda params, x: x @ params["w"])
+    _, pullback = jax.vjp(lambda factors: apply(params, factors, x), factors)
+    large = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == (MANY, OUTPUTS)]
+    assert [leaf.dtype for leaf in large] == [jnp.bfloat16]
+
+
+@pytest.mark.parametrize("kind", [lora.LoRA, lora.DoRA])
+def test_factors_of_16_bits_are_not_rounded_when_scale_and_gain_go_into_them(kind, getkey):
+    params = {"w": 1e-6 * jax.random.normal(getkey(), (64, 48))}  # the low-rank term is all of it
+    factors = lora.init(getkey(), params, [kind("w", rank=2, alpha=3, dtype=jnp.bfloat16)])
+    b = jax.random.normal(getkey(), (2, 48), jnp.bfloat16)
+    factors = {"w": dataclasses.replace(factors["w"], b=b)}
+    apply = lora.wrap(lambda params, x: x @ params["w"])
+    answer, wanted = apply(params, factors, jnp.eye(64)), lora.merge(params, factors)["w"]
+    np.testing.assert_allclose(answer, wanted, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3"])
+def test_a_batch_of_unknown_size_is_exported(name, getkey):
+    settings = {} if name == "IA3" else {"rank": 2, "alpha": 3}
+    params = {"w": jax.random.normal(getkey(), (INPUTS, OUTPUTS))}
+    factors = lora.init(getkey(), params, [getattr(lora, name)("w", **settings)])
+    treedef = jax.tree.structure(factors)
+    arrays = [a + 0.1 for a in jax.tree.leaves(factors)]
+
+    def loss(arrays, x):
+        apply = lora.wrap(lambda params, x: x @ params["w"])
+        return jnp.square(apply(params, jax.tree.unflatten(treedef, arrays), x)).sum()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    (size,) = jax.export.symbolic_shape("rows")
+    exported = jax.export.export(step)(arrays, jax.ShapeDtypeStruct((size, INPUTS), jnp.float32))
+    x = jax.random.normal(getkey(), (FEW, INPUTS))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        exported.call(arrays, x),
+        step(arrays, x),
+    )
