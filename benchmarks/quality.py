@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     settings = settings_of(task)
     rows: dict[Setting, Row] = {}
     for group in reversed(dict.fromkeys(setting.group for setting in settings)):  # full first
-        done = train(task, [each for each in settings if each.group == group], options)
-        rows = {setting: (rows | done)[setting] for setting in settings if setting in rows | done}
+        rows |= train(task, [each for each in settings if each.group == group], options)
+        rows = {setting: rows[setting] for setting in settings if setting in rows}
         print(f"\n{render(task, rows)}", flush=True)
         report["rows"] = {name_of(task, setting): row for setting, row in rows.items()}
         if options.json:  # after each group: the whole may take hours
@@ -96,7 +96,7 @@ def settings_of(task: Task) -> tuple[Setting, ...]:
 
 
 def name_of(task: Task, setting: Setting) -> str:
-    if setting == SMALL and task.small is not None:
+    if setting == SMALL:
         return task.small.name
     if setting.rank is None:
         return "full fine-tuning"
@@ -106,7 +106,7 @@ def name_of(task: Task, setting: Setting) -> str:
 
 def factors_of(task: Task, setting: Setting, seed: int) -> Pytree:
     """The scale is left out of them: it is an operand of the step."""
-    if setting == SMALL and task.small is not None:
+    if setting == SMALL:
         rules: list[Any] = [*task.small.rules, task.head]
     elif setting.rank is None:
         rules = [lora.Full(r".*", exclude=task.frozen)]
@@ -143,7 +143,7 @@ def train(
 def optimiser(task: Task, setting: Setting, steps: int) -> optax.GradientTransformation:
     """Adam, warmed up over a tenth of the steps, then down to zero along a cosine."""
     ratio, peak = 1.0, task.full_lr if setting == FULL else task.lr
-    if setting == SMALL and task.small is not None:
+    if setting == SMALL:
         ratio, peak = task.small.b_ratio, task.small.lr
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps)
     return lora.freeze(lora.lora_plus(optax.adam(schedule), ratio))

@@ -44,7 +44,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Small:
-    """The best that is known within two per cent of the parameters, chosen on validation splits."""
+    """The best that was found within two per cent of the parameters, by validation accuracy."""
 
     rules: tuple[lora.LoRA | lora.Full, ...]
     name: str

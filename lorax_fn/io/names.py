@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lorax_fn.axes import Axes
 from lorax_fn.errors import AxesError, LoraError, StructureError
 from lorax_fn.init import axes_by_path
@@ -53,6 +55,10 @@ class Slot:
     def is_product(self) -> bool:
         """Whether PEFT could put LoRA on it."""
         return self.axes is not None and (self.own == "weight" or self.place.layout == "experts")
+
+    def part(self, array: np.ndarray) -> np.ndarray:
+        """A view of what the parameter is of the leaf, or of an array of its shape."""
+        return np.moveaxis(array, self.numbered, range(len(self.numbered)))[self.index]
 
     def require_axes(self) -> None:
         """Raises `AxesError` if it is a product whose dims have no known roles."""

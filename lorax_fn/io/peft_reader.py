@@ -252,7 +252,7 @@ class Reader:
             wide = wide_dtype(slot.leaf.dtype)
             if delta is None:
                 delta = np.zeros(slot.leaf.shape, wide)
-            _part(slot, delta)[...] = value.astype(wide) - self._base(slot).astype(wide)
+            slot.part(delta)[...] = value.astype(wide) - self._base(slot).astype(wide)
         return None if delta is None else FullDelta(device_array(delta))
 
     def _parameter(self, slot: Slot, tensor: str) -> np.ndarray:
@@ -268,7 +268,7 @@ class Reader:
         return value
 
     def _base(self, slot: Slot) -> np.ndarray:
-        return _part(slot, np.asarray(self._values(slot)))
+        return slot.part(np.asarray(self._values(slot)))
 
     def _is_base(self, slot: Slot, tensor: str) -> bool:
         """Whether a parameter that was stored whole is the base's own."""
@@ -303,11 +303,6 @@ class Reader:
 
     def _error(self, tensor: str, what: str) -> AdapterFileError:
         return AdapterFileError(f"{self.file.path}: tensor {tensor!r} {what}.")
-
-
-def _part(slot: Slot, array: np.ndarray) -> np.ndarray:
-    """A view of the part of a leaf that one parameter is."""
-    return np.moveaxis(array, slot.numbered, range(len(slot.numbered)))[slot.index]
 
 
 def _nearest(name: str, slots: dict[str, Slot]) -> list[str]:

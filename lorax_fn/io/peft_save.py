@@ -198,9 +198,9 @@ class _Writer:
             )
         slot.require_axes()
         node = self._node(slot)
-        weight = _part(slot, host_array(slot.path, floating(slot.path, slot.leaf)))
+        weight = slot.part(host_array(slot.path, floating(slot.path, slot.leaf)))
         if node is not None:
-            delta = _part(slot, host_array(f"{slot.path}:delta", node.delta))
+            delta = slot.part(host_array(f"{slot.path}:delta", node.delta))
             weight = weight.astype(delta.dtype) + delta
         return weight_to_torch(slot, weight)
 
@@ -313,11 +313,6 @@ def _check_dims(slot: Slot, node: Any) -> None:
             f"{slot.path!r} is adapted with {node.axes}, its parameter {slot.name!r} has {axes}: "
             "the factors are not those of its product. Pass names= that fit."
         )
-
-
-def _part(slot: Slot, array: np.ndarray) -> np.ndarray:
-    """The part of a leaf that one parameter is."""
-    return np.moveaxis(array, slot.numbered, range(len(slot.numbered)))[slot.index]
 
 
 def _alpha(node: Any) -> float:

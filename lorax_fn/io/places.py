@@ -38,7 +38,7 @@ class Place:
             in turn, first, second, first, …, as some rotary embeddings want them.
 
     Raises:
-        LoraError: if scale or shift are none.
+        LoraError: if scale is not finite and above 0, or what is no vector has a shift.
 
     >>> Place("model.layers.{}.mlp.up_proj.weight").slots((2,))[(1,)]
     'model.layers.1.mlp.up_proj.weight'

@@ -42,8 +42,9 @@ def tree_of(naming, structure):
     return tree, torch
 
 
-def part(slot, array):
-    return np.moveaxis(np.asarray(array), slot.numbered, range(len(slot.numbered)))[slot.index]
+def parameter(slot):
+    """Of the PyTorch model, from the leaf."""
+    return weight_to_torch(slot, slot.part(np.asarray(slot.leaf)))
 
 
 def assert_close(got, wanted):
@@ -57,9 +58,9 @@ def test_weights_are_those_of_the_converter(case):
     assert {slot.path for slot in slots.values()} == {path for path, _ in leaves_with_paths(params)}
     for name, weight in torch.items():
         slot = slots[name]
-        np.testing.assert_allclose(weight_to_torch(slot, part(slot, slot.leaf)), weight, atol=1e-6)
+        np.testing.assert_allclose(parameter(slot), weight, atol=1e-6)
         back = weight_from_torch(slot, weight)
-        np.testing.assert_allclose(back, part(slot, slot.leaf), atol=1e-6)
+        np.testing.assert_allclose(back, slot.part(np.asarray(slot.leaf)), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [lora.LoRA, lora.DoRA])
@@ -78,7 +79,7 @@ def test_a_folder_changes_the_weights_as_the_factors_do(case, kind, getkey, tmp_
     merged = slots_of(lora.merge(params, factors), names)
     changed = 0
     for name, weight in torch.items():
-        after = weight_to_torch(merged[name], part(merged[name], merged[name].leaf))
+        after = parameter(merged[name])
         before = "base_model.model." + name.removesuffix(".weight")
         if f"{before}.lora_A.weight" in tensors:
             a, b = tensors[f"{before}.lora_A.weight"], tensors[f"{before}.lora_B.weight"]
@@ -116,7 +117,7 @@ def test_what_is_trained_whole(case, getkey, tmp_path):
     whole = [name for name in torch if f"base_model.model.{name}" in tensors]
     assert len(whole) > 4
     for name in whole:
-        after = weight_to_torch(merged[name], part(merged[name], merged[name].leaf))
+        after = parameter(merged[name])
         np.testing.assert_allclose(tensors[f"base_model.model.{name}"], after, atol=1e-5)
         assert np.abs(after - torch[name]).max() > 1e-2
     again = lora.load_peft(tmp_path, params, names=names)
@@ -197,7 +198,7 @@ def test_layers_that_the_family_does_not_have(naming, layer):
         ({"shift": 1.0}, "shift=1.0 of a Place of layout 'linear'"),
     ],
 )
-def test_places_that_are_none(settings, message):
+def test_a_place_wants_a_scale_above_zero_and_shifts_vectors_alone(settings, message):
     with pytest.raises(lora.LoraError, match=message):
         Place("a.weight", **settings)
 
